@@ -1,0 +1,171 @@
+"""Gradients of a sparse run equal those of the masked dense model, on the kept entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import build, dense, gap, mask_hooks, tokens
+
+import tl_stream
+from tl_stream import StreamConfig
+
+CONFIG = StreamConfig(block_q=8, block_k=8, k=3, beam=1, max_dense=0)
+VARIANTS = ["standard", "gqa", "soft-capped", "alibi", "local", "sinks"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_incl_bwd(variant: str) -> None:
+    model, text = build(variant), tokens()
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG, return_type="loss", incl_bwd=True)
+    weights = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with model.hooks(fwd_hooks=mask_hooks(cache)):
+        _, expected = model.run_with_cache(text, return_type="loss", incl_bwd=True)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert gap(parameter.grad, weights[name]) < 1e-12, name
+    assert set(cache.keys()) == set(expected.keys())
+    for name in expected.keys():
+        a, b = expected[name], dense(cache[name])
+        if name.endswith(("hook_pattern_grad", "hook_attn_scores_grad")):
+            a = a * cache.block_layout(int(name.split(".")[1])).to_dense()
+            assert a.abs().max() > 1e-6
+        assert gap(a, b) < 1e-12 or "attn_scores" in name and gap(a, b) < 1e-10, name
+    assert not cache.fallbacks
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["pattern", "attn_scores"])
+def test_autograd_grad_to_a_cached_tensor(variant: str, kind: str) -> None:
+    model, text = build(variant), tokens()
+    logits, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    loss = logits.square().sum()
+    kept: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        kept[hook.name] = tensor
+
+    hooks = [*mask_hooks(cache), (lambda name: name.endswith(f"hook_{kind}"), keep)]
+    expected_loss = model.run_with_hooks(text, fwd_hooks=hooks).square().sum()
+    names = list(kept)
+    expected = torch.autograd.grad(expected_loss, [kept[name] for name in names])
+    found = torch.autograd.grad(loss, [cache[name] for name in names])
+    for layer, (a, b) in enumerate(zip(expected, found, strict=True)):
+        a = a * cache.block_layout(layer).to_dense()
+        assert a.abs().max() > 1e-4
+        assert gap(a, b) < 1e-10 * a.abs().max().clamp(min=1)
+
+
+def test_a_cache_does_not_keep_the_graph_alive() -> None:
+    model, text = build("gqa"), tokens()
+    logits, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    loss = logits.sum()
+    torch.autograd.grad(loss, cache["pattern", 1])
+    del logits, loss
+    assert cache["pattern", 1]._data.tap() is None
+    with pytest.raises(RuntimeError, match="not part of a graph"):
+        torch.autograd.grad(torch.ones((), requires_grad=True) * 2, cache["pattern", 1])
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_z", "hook_q"])
+def test_backward_hooks_fire_and_replace(point: str) -> None:
+    """A backward hook that halves the gradient of one layer changes the embedding's gradient as in the dense model."""
+    model, text = build("gqa"), tokens()
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    seen: list[Tensor] = []
+
+    def halve(grad: Any, hook: Any) -> Any:
+        seen.append(dense(grad).clone())
+        return grad * 0.5
+
+    def embedding_gradient(forward_hooks: Any) -> Tensor:
+        model.zero_grad()
+        with model.hooks(fwd_hooks=forward_hooks, bwd_hooks=[(f"blocks.1.attn.{point}", halve)]):
+            model(text, return_type="loss").backward()
+        assert model.W_E.grad is not None
+        return model.W_E.grad.clone()
+
+    with tl_stream.sparse(model, CONFIG) as trace:
+        found = embedding_gradient([])
+    expected = embedding_gradient(mask_hooks(cache))
+    assert len(seen) == 2
+    keep = cache.block_layout(1).to_dense() if "hook_pattern" in point or "scores" in point else 1
+    assert gap(seen[0], seen[1] * keep) < 1e-12
+    assert gap(expected, found) < 1e-12
+    assert not trace.fallbacks
+
+
+def test_backward_hook_sees_the_output_of_forward_hooks() -> None:
+    """With a forward edit at the same point, grad_output is taken after the edit, as torch does."""
+    model, text = build("gqa"), tokens()
+    edit = ("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.25)
+    with model.hooks(fwd_hooks=[edit]):
+        _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    seen: list[Tensor] = []
+
+    def note(grad: Any, hook: Any) -> None:
+        seen.append(dense(grad).clone())
+
+    def run(before: Any) -> None:
+        with model.hooks(fwd_hooks=[*before, edit], bwd_hooks=[("blocks.1.attn.hook_pattern", note)]):
+            model(text, return_type="loss").backward()
+
+    with tl_stream.sparse(model, CONFIG):
+        run([])
+    run(mask_hooks(cache))
+    assert gap(seen[0], seen[1] * cache.block_layout(1).to_dense()) < 1e-12
+
+
+def test_register_hook_and_retain_grad_inside_a_hook() -> None:
+    model, text = build("gqa"), tokens()
+    grads: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
+
+    def attach(pattern: Any, hook: Any) -> None:
+        pattern.register_hook(lambda grad: grads.update(hook=dense(grad).clone()))
+        pattern.retain_grad()
+        kept["pattern"] = pattern
+
+    with tl_stream.sparse(model, CONFIG):
+        loss = model.run_with_hooks(text, return_type="loss", fwd_hooks=[("blocks.1.attn.hook_pattern", attach)])
+    loss.backward()
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG, return_type="loss", incl_bwd=True)
+    expected = cache["blocks.1.attn.hook_pattern_grad"]
+    assert gap(grads["hook"], expected) < 1e-12
+    assert gap(kept["pattern"].grad, expected) < 1e-12
+
+
+def test_gradient_through_a_value_that_a_hook_reads() -> None:
+    """What a hook computes from the pattern is part of the graph."""
+    model, text = build("gqa"), tokens()
+    read: list[Tensor] = []
+    hook = ("blocks.2.attn.hook_pattern", lambda pattern, hook: read.append(pattern[:, 1, 40].square().sum()))
+    with tl_stream.sparse(model, CONFIG):
+        model.run_with_hooks(text, fwd_hooks=[hook])
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    model.run_with_hooks(text, fwd_hooks=[*mask_hooks(cache), hook])
+    found, expected = (torch.autograd.grad(x, model.W_E)[0] for x in read)
+    assert gap(expected, found) < 1e-12
+
+
+def test_finite_differences() -> None:
+    model, text = build("gqa"), tokens()
+    logits, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    key = cache["pattern", 1][0, 2, 50].argmax().item()
+    gradient = torch.autograd.grad(logits[:, -1, 0].sum(), cache["pattern", 1])[0][0, 2, 50, key].item()
+    step = 1e-6
+
+    def moved(by: float) -> float:
+        def nudge(pattern: Any, hook: Any) -> None:
+            pattern[0, 2, 50, key] = pattern[0, 2, 50, key] + by
+
+        with tl_stream.sparse(model, CONFIG):
+            return model.run_with_hooks(text, fwd_hooks=[("blocks.1.attn.hook_pattern", nudge)])[:, -1, 0].sum().item()
+
+    with torch.no_grad():
+        slope = (moved(step) - moved(-step)) / (2 * step)
+    assert gradient == pytest.approx(slope, rel=1e-5)
+    assert abs(gradient) > 1e-8

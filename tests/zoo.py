@@ -1,0 +1,72 @@
+"""Small random HookedTransformers, one for each way in which their attention can differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from tl_stream import SparseActivationCache
+
+GQA = {"n_key_value_heads": 2, "positional_embedding_type": "rotary", "rotary_dim": 8}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "rotary": {"positional_embedding_type": "rotary", "rotary_dim": 8},
+    "gqa": GQA,
+    "ungrouped gqa": {**GQA, "ungroup_grouped_query_attention": True},
+    "soft-capped": {"attn_scores_soft_cap": 2.0},
+    "alibi": {"positional_embedding_type": "alibi"},
+    "local": {"use_local_attn": True, "attn_types": ["local", "global", "local"], "window_size": 9},
+    "split qkv": {"use_split_qkv_input": True},
+    "attn_in": {"use_attn_in": True},
+    "attn_result": {"use_attn_result": True},
+    "shortformer": {"positional_embedding_type": "shortformer"},
+    "qk-norm": {**GQA, "use_qk_norm": True},
+    "sinks": {"use_attention_sinks": True},
+    "layer-scaled": {"scale_attn_by_inverse_layer_idx": True},
+    "parallel": {"parallel_attn_mlp": True},
+}
+
+
+def build(variant: str = "gqa", dtype: torch.dtype = torch.float64, **overrides: Any) -> HookedTransformer:
+    """A 3-layer model of 4 heads with n_ctx 128; weights large enough for attention to be far from uniform."""
+    settings: dict[str, Any] = {
+        "n_layers": 3, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 48, "n_ctx": 128, "d_vocab": 40,
+        "act_fn": "gelu", "normalization_type": "LN", "seed": 0, "dtype": dtype, **VARIANTS[variant], **overrides,
+    }  # fmt: skip
+    model = HookedTransformer(HookedTransformerConfig(**settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("W_Q", "W_K", "sinks", "w")) or "_W_K" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.5)
+    return model.eval()
+
+
+def tokens(length: int = 61, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mask_hooks(cache: SparseActivationCache) -> list[tuple[str, Callable[..., Any]]]:
+    """Hooks that make a dense model the masked one that a sparse run should equal."""
+    keep = {layer: cache.block_layout(layer).to_dense() for layer in cache.patterns}
+
+    def mask(scores: Tensor, hook: Any) -> Tensor:
+        return scores.masked_fill(~keep[hook.layer()], -torch.inf)
+
+    return [(f"blocks.{layer}.attn.hook_attn_scores", mask) for layer in keep]
+
+
+def dense(x: Any) -> Tensor:
+    return x.to_dense() if hasattr(x, "block_layout") else x
+
+
+def gap(a: Any, b: Any) -> float:
+    """Greatest absolute difference; equal infinities differ by 0, unequal ones by inf."""
+    a, b = dense(a), dense(b)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    difference = torch.where(a == b, torch.zeros_like(a), (a - b).abs())
+    return difference.nan_to_num(nan=torch.inf).max().item() if a.numel() else 0.0

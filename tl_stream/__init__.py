@@ -1,0 +1,22 @@
+"""tl_stream: attention in long contexts, traced sparsely inside TransformerLens (Stream, arXiv:2510.19875)."""
+
+from tl_stream.cache import SparseActivationCache
+from tl_stream.config import StreamConfig
+from tl_stream.estimator import estimate_layout
+from tl_stream.layout import BlockLayout
+from tl_stream.tensors import BlockSparsePattern, BlockSparseScores
+from tl_stream.tracing import register, run_with_sparse_cache, sparse
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlockLayout",
+    "BlockSparsePattern",
+    "BlockSparseScores",
+    "SparseActivationCache",
+    "StreamConfig",
+    "estimate_layout",
+    "run_with_sparse_cache",
+    "sparse",
+]
+
+register()

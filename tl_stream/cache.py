@@ -1,0 +1,119 @@
+"""`SparseActivationCache`: TransformerLens's ActivationCache with sparse patterns, and what only they can tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.ActivationCache import ActivationCache
+
+from tl_stream.config import StreamConfig
+from tl_stream.layout import BlockLayout
+from tl_stream.tensors.block_sparse import BlockSparseTensor
+
+
+class SparseActivationCache(ActivationCache):
+    """The activations of a sparse run, under the keys of `run_with_cache`.
+
+    `cache["pattern", layer]` is a `BlockSparsePattern`, `cache["attn_scores", layer]` a `BlockSparseScores`; everything else
+    is an ordinary tensor. All numbers are exact for the sparse model.
+
+    Attributes:
+        config: The config of the run.
+        fallbacks: How often an operation unknown to the sparse tensors was made dense so far, by its name.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        *,
+        config: StreamConfig,
+        fallbacks: Counter[str] | None = None,
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.config = config
+        self.fallbacks: Counter[str] = Counter() if fallbacks is None else fallbacks
+
+    @property
+    def patterns(self) -> dict[int, BlockSparseTensor]:
+        """The cached patterns by layer."""
+        return {
+            tensor._data.origin.layer: tensor
+            for name, tensor in self.cache_dict.items()
+            if isinstance(tensor, BlockSparseTensor) and name.endswith("hook_pattern")
+        }
+
+    def block_layout(self, layer: int) -> BlockLayout:
+        """Kept blocks of a layer.
+
+        Raises:
+            KeyError: No pattern of that layer was cached.
+        """
+        if layer not in self.patterns:
+            raise KeyError(f"layer was {layer}; expected one whose pattern is in the cache: {sorted(self.patterns)}.")
+        return self.patterns[layer].block_layout
+
+    @property
+    def pruned(self) -> float:
+        """1 - kept token pairs / allowed token pairs, over all cached patterns (dense layers included).
+
+        Raises:
+            ValueError: No pattern is in the cache.
+        """
+        layouts = [pattern.block_layout for pattern in self.patterns.values()]
+        if not layouts:
+            raise ValueError("The cache holds no pattern; expected hook_pattern among names_filter.")
+        pairs = sum(layout.n_pairs for layout in layouts)
+        return 1.0 - sum(layout.n_kept_pairs for layout in layouts) / pairs if pairs else 0.0
+
+    def exact_rows(
+        self, layer: int, rows: Sequence[int]
+    ) -> Float[Tensor, "batch head_index row key_pos"]:
+        """Rows of the full softmax of this run's own q and k: what the pattern would have been with nothing pruned.
+
+        Not the dense model's pattern: its q and k differ once an earlier layer was pruned. O(T) a row and head.
+
+        Raises:
+            KeyError: No pattern of that layer was cached.
+            IndexError: A row out of range.
+            TypeError: The pattern was written to.
+        """
+        from tl_stream.tensors.retained import exact_rows
+
+        if layer not in self.patterns:
+            raise KeyError(f"layer was {layer}; expected one whose pattern is in the cache: {sorted(self.patterns)}.")
+        return exact_rows(self.patterns[layer], rows)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that each activation keeps alive; memory that several share is counted at the first of them."""
+        seen: set[int] = set()
+        return {name: sum(_new_bytes(part, seen) for part in _parts(tensor)) for name, tensor in self.cache_dict.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return sum(self.memory().values())
+
+    def __repr__(self) -> str:
+        pruned = f", pruned={self.pruned:.4f}" if self.patterns else ""
+        return f"SparseActivationCache({len(self.cache_dict)} activations, {self.nbytes:,} bytes{pruned})"
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that hold the memory of an activation."""
+    return tensor.stored_tensors() if isinstance(tensor, BlockSparseTensor) else [tensor]
+
+
+def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()

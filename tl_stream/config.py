@@ -1,0 +1,102 @@
+"""What Stream keeps and how it decides: one frozen description of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ESTIMATORS = ("dual", "exact", "window", "random")
+BACKENDS = ("gather", "reference")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How attention is made sparse (Rosser et al. 2025, arXiv:2510.19875, section 3).
+
+    Args:
+        block_q: Queries that share one choice of key blocks, in tokens.
+        block_k: Keys that are kept or dropped together, in tokens.
+        k: Key blocks kept for each query block and head, all of them counted (own and first block too).
+            A `k` that covers every block is full attention.
+        estimator: `"dual"` (hierarchical, O(T log T)), `"exact"` (the true top k, O(T^2) time), and the static
+            baselines `"window"` (first block and the most recent ones) and `"random"`.
+        beam: Tree nodes that the hierarchical refinement keeps a step, in multiples of `k`.
+        keep_local: Keep every query block's own key block, whatever its score.
+        keep_sink: Keep the first key block, whatever its score.
+        dense_layers: Layers left dense: the first n (an int), or the given layer indices (a tuple).
+        backend: `"gather"` (plain torch, linear memory) or `"reference"` (dense mask; for checking, small inputs only).
+        max_dense: Largest number of entries that an operation unknown to the sparse tensors may make dense on its own.
+            0 switches that off: such an operation then always raises.
+        compile: Run the hierarchical estimator through `torch.compile`.
+        seed: Seed of whatever is random. Nothing is random without one.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range.
+    """
+
+    block_q: int = 32
+    block_k: int = 32
+    k: int = 16
+    estimator: str = "dual"
+    beam: int = 4
+    keep_local: bool = False
+    keep_sink: bool = False
+    dense_layers: int | tuple[int, ...] = 0
+    backend: str = "gather"
+    max_dense: int = 2**22
+    compile: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k", "k", "beam"):
+            _check_int(name, getattr(self, name), minimum=1)
+        _check_int("max_dense", self.max_dense, minimum=0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, minimum=0)
+        for name in ("keep_local", "keep_sink", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} was {getattr(self, name)!r}; expected True or False.")
+        _check_choice("estimator", self.estimator, ESTIMATORS)
+        _check_choice("backend", self.backend, BACKENDS)
+        if self.estimator == "random" and self.seed is None:
+            raise ValueError("seed was None with estimator='random'; expected an int >= 0. Pass seed=0, for example.")
+        self._check_dense_layers()
+
+    def dense_layer_indices(self, n_layers: int) -> frozenset[int]:
+        """The layers left dense in a model of `n_layers` layers.
+
+        Raises:
+            ValueError: A layer index that the model does not have.
+        """
+        if isinstance(self.dense_layers, int):
+            layers = range(self.dense_layers)
+            too_many = self.dense_layers > n_layers
+        else:
+            layers = self.dense_layers
+            too_many = any(layer >= n_layers for layer in layers)
+        if too_many:
+            raise ValueError(
+                f"dense_layers was {self.dense_layers!r}, but the model has {n_layers} layers; expected at most "
+                f"{n_layers} first layers (an int) or indices from 0 to {n_layers - 1} (a tuple)."
+            )
+        return frozenset(layers)
+
+    def _check_dense_layers(self) -> None:
+        if isinstance(self.dense_layers, tuple):
+            for layer in self.dense_layers:
+                _check_int("dense_layers", layer, minimum=0)
+        else:
+            _check_int("dense_layers", self.dense_layers, minimum=0)
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} was {value!r} of type {type(value).__name__}; expected an int >= {minimum}.")
+    if value < minimum:
+        raise ValueError(f"{name} was {value}; expected an int >= {minimum}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} was {value!r}; expected one of {', '.join(map(repr, choices))}.")

@@ -1,0 +1,139 @@
+"""What every estimator is given: queries and keys in blocks, the mask, and what the model does to the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_stream import score_mod
+from tl_stream.estimator.pyramid import to_blocks
+from tl_stream.masking import NEVER, AttentionMask, within
+from tl_stream.score_mod import ScoreMod
+
+
+class Problem(NamedTuple):
+    """One layer's queries and keys.
+
+    Attributes:
+        queries: In blocks, padded with zeros, `[batch, head_index, q_block, block_q, d_head]`.
+        keys: In blocks, padded with zeros, `[batch, kv_head_index, kv_block, block_k, d_head]`.
+        mask: Which token pairs may attend.
+        scale: Factor on q . k.
+        mods: What the model does to the scaled scores.
+        first_key: First key that any query of a block may read, `[q_block]`.
+        last_key: One past the last one, `[q_block]`.
+    """
+
+    queries: Float[Tensor, "batch head_index q_block block_q d_head"]
+    keys: Float[Tensor, "batch kv_head_index kv_block block_k d_head"]
+    mask: AttentionMask
+    scale: float
+    mods: Sequence[ScoreMod]
+    first_key: Int[Tensor, " q_block"]
+    last_key: Int[Tensor, " q_block"]
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, mask: AttentionMask, block_q: int, block_k: int, scale: float, mods: Sequence[ScoreMod]
+    ) -> Problem:
+        """Cut q and k `[batch, heads, pos, d_head]` into blocks."""
+        queries, keys = to_blocks(q, block_q), to_blocks(k, block_k)
+        rows = torch.arange(queries.shape[2] * block_q, device=q.device).clamp(max=mask.query_length - 1)
+        start, stop = mask.bounds(rows.view(-1, block_q))
+        first = torch.zeros_like(stop[:, 0]) if start is None else start.amin(-1)
+        return cls(queries, keys, mask, scale, mods, first, stop.amax(-1))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(batch, head_index, q_block)`."""
+        batch, heads, n_blocks = self.queries.shape[:3]
+        return batch, heads, n_blocks
+
+    @property
+    def block_q(self) -> int:
+        """Queries a block."""
+        return self.queries.shape[3]
+
+    @property
+    def block_k(self) -> int:
+        """Keys a block."""
+        return self.keys.shape[3]
+
+    @property
+    def head_index(self) -> Int[Tensor, "head_index 1 1"]:
+        """Query heads, shaped to broadcast over `[batch, head_index, q_block, ...]`."""
+        return torch.arange(self.queries.shape[1], device=self.queries.device)[:, None, None]
+
+    @property
+    def batch_index(self) -> Int[Tensor, "batch 1 1 1"]:
+        """Batch elements, shaped likewise."""
+        return torch.arange(self.queries.shape[0], device=self.queries.device)[:, None, None, None]
+
+    @property
+    def diagonal(self) -> Int[Tensor, "q_block 1"]:
+        """Each query block's own key block: that of the last key it may read."""
+        return ((self.last_key - 1) // self.block_k)[:, None]
+
+    @property
+    def sink(self) -> Int[Tensor, "batch 1 1 1"]:
+        """The block of each text's first key that is no padding."""
+        if self.mask.key_valid is None:
+            return torch.zeros_like(self.batch_index)
+        return self.mask.key_valid.int().argmax(-1)[:, None, None, None] // self.block_k
+
+    def slice(self, start: int, stop: int) -> Problem:
+        """The same problem for the query blocks `start <= i < stop`. Query positions stay absolute (see `query_pos`)."""
+        return self._replace(
+            queries=self.queries[:, :, start:stop],
+            first_key=self.first_key[start:stop],
+            last_key=self.last_key[start:stop],
+        )
+
+    def select(self, x: Float[Tensor, "batch kv_head_index node *rest"], nodes: Tensor) -> Tensor:
+        """Rows of `x` by query head: `[batch, head_index, q_block, c, *rest]` for nodes `[batch, head_index, q_block, c]`."""
+        batch, kv_heads, n_nodes = x.shape[:3]
+        kv_head = self.head_index[None] // (nodes.shape[1] // kv_heads)
+        flat = (self.batch_index * kv_heads + kv_head) * n_nodes + nodes
+        return x.flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, nodes.shape)
+
+    def score(self, products: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+        """Scale and score mods, on products `[batch, head_index, ...]` of any further shape."""
+        extra = (1,) * (products.dim() - 4)
+        batch = self.batch_index.view(-1, 1, 1, 1, *extra)
+        head = self.head_index.view(-1, 1, 1, *extra)
+        return score_mod.apply(self.mods, products * self.scale, batch, head, query_pos, key_pos)
+
+
+def block_masses(
+    problem: Problem, query_pos: Int[Tensor, "q_block block_q"], blocks: Tensor, used: Bool[Tensor, "..."]
+) -> Float[Tensor, "batch head_index q_block candidate"]:
+    """The share of each query block's attention that each candidate key block holds, among the candidates.
+
+    The exact logits of all the block's queries, softmax per query over the candidates' keys, summed within a key block
+    and averaged over the queries. O(candidates * block_q * block_k * d_head) a query block.
+
+    Args:
+        problem: Queries `[batch, head_index, q_block, block_q, d_head]` and keys.
+        query_pos: Position of each query.
+        blocks: Candidate key blocks, `[batch, head_index, q_block, candidate]`.
+        used: Which candidates count, broadcastable to `blocks`; the others get 0.
+    """
+    wide = torch.promote_types(problem.keys.dtype, torch.float32)
+    keys = problem.select(problem.keys, blocks).flatten(3, 4)
+    products = problem.queries.to(wide) @ keys.to(wide).transpose(-1, -2)
+    offsets = torch.arange(problem.block_k, device=blocks.device)
+    key_pos = (blocks[..., None] * problem.block_k + offsets).flatten(-2)
+    rows = query_pos[:, :, None]
+    logits = problem.score(products, rows, key_pos[:, :, :, None])
+    placed = problem.mask.place(problem.batch_index, key_pos)
+    placed = placed.masked_fill(~used.expand(blocks.shape).repeat_interleave(problem.block_k, -1), NEVER)
+    logits = logits.masked_fill(~within(placed[:, :, :, None], *problem.mask.bounds(rows)), -torch.inf)
+    peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
+    per_block = (logits - peak).exp().unflatten(-1, (-1, problem.block_k)).sum(-1)
+    shares = per_block / per_block.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    n_queries = (query_pos < problem.mask.query_length).sum(-1)[:, None]
+    return shares.sum(-2) / n_queries

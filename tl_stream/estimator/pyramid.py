@@ -1,0 +1,61 @@
+"""A pyramid of key statistics: per block of keys, then per pair of blocks, and so on up (Stream, section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class Level(NamedTuple):
+    """One level: node i of level l covers the key blocks `i * 2^l <= block < (i + 1) * 2^l`.
+
+    Attributes:
+        centroid: Mean of the valid keys of each node, `[batch, kv_head_index, node, d_head]`.
+        low: Elementwise least valid key; 0 where a node has none.
+        high: Elementwise greatest valid key; 0 where a node has none.
+        count: Number of valid keys, `[batch, node]`.
+    """
+
+    centroid: Float[Tensor, "batch kv_head_index node d_head"]
+    low: Float[Tensor, "batch kv_head_index node d_head"]
+    high: Float[Tensor, "batch kv_head_index node d_head"]
+    count: Int[Tensor, "batch node"]
+
+
+def to_blocks(x: Float[Tensor, "batch heads pos d_head"], block: int) -> Float[Tensor, "batch heads n block d_head"]:
+    """Cut positions into blocks, the last one padded with zeros."""
+    return pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+
+
+def build_pyramid(
+    keys: Float[Tensor, "batch kv_head_index block block_k d_head"], valid: Bool[Tensor, "batch block block_k"]
+) -> list[Level]:
+    """Levels from single key blocks (index 0) to one root. O(T d_head) time, 2 T / block_k nodes.
+
+    Args:
+        keys: Keys after the rotary embedding, in blocks; statistics are taken in float32 or better.
+        valid: False for padding.
+    """
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    inside = valid[:, None, :, :, None]
+    count = valid.sum(-1)
+    total = (keys * inside).sum(3)
+    low = keys.masked_fill(~inside, torch.inf).amin(3)
+    high = keys.masked_fill(~inside, -torch.inf).amax(3)
+    n_leaves = 1 << (keys.shape[2] - 1).bit_length()
+    missing = n_leaves - keys.shape[2]
+    total, count = pad(total, (0, 0, 0, missing)), pad(count, (0, missing))
+    low, high = pad(low, (0, 0, 0, missing), value=torch.inf), pad(high, (0, 0, 0, missing), value=-torch.inf)
+    levels = []
+    while True:
+        empty = (count == 0)[:, None, :, None]
+        mean = total / count.clamp(min=1)[:, None, :, None]
+        levels.append(Level(mean, low.masked_fill(empty, 0), high.masked_fill(empty, 0), count))
+        if total.shape[2] == 1:
+            return levels
+        total, count = total.unflatten(2, (-1, 2)).sum(3), count.unflatten(1, (-1, 2)).sum(2)
+        low, high = low.unflatten(2, (-1, 2)).amin(3), high.unflatten(2, (-1, 2)).amax(3)

@@ -1,0 +1,102 @@
+"""HookedTransformer (TransformerLens 3): where its scores, masks and limits are, and how to get between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformer_lens.components.abstract_attention import AbstractAttention
+
+from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
+from tl_stream.masking import AttentionMask
+from tl_stream.tensors.alibi import AlibiBias
+from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.data import Origin
+from tl_stream.tensors.gradients import watch
+from tl_stream.tensors.scores import AttentionScores, CaptureProduct
+
+
+_ANY_LENGTH = 2**20
+
+
+def why_not(model: Any) -> str | None:
+    """Why a HookedTransformer can't be traced; None where it can."""
+    if model.cfg.attention_dir != "causal":
+        return f"its attention_dir is {model.cfg.attention_dir!r}; only causal attention can be made sparse by Stream"
+    if model.cfg.positional_embedding_type == "relative_positional_bias":
+        return "its relative position bias (T5) is a learned query_pos x key_pos table; encoder-decoder models aren't supported"
+    return None
+
+
+def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
+    """Put Stream between q . k and the softmax of every layer, until `stack` is closed."""
+    stack.enter_context(override_method(model, "to_tokens", partial(_to_all_tokens, model)))
+    stack.enter_context(first_hook(model.hook_embed, partial(_check_length, n_ctx=model.cfg.n_ctx)))
+    for layer, block in enumerate(model.blocks):
+        _install_attention(block.attn, origin_of(layer), stack)
+
+
+def _install_attention(attn: AbstractAttention, origin: Origin, stack: ExitStack) -> None:
+    scores = partial(_capture_scores, attn, origin)
+    stack.enter_context(override_method(attn, "calculate_attention_scores", scores))
+    stack.enter_context(override_method(attn, "apply_causal_mask", partial(_apply_mask, attn)))
+    if attn.cfg.positional_embedding_type == "alibi":
+        slopes = AbstractAttention.create_alibi_multipliers(attn.cfg.n_heads, attn.cfg.device)
+        stack.enter_context(override_attribute(attn, "alibi", AlibiBias(slopes, _ANY_LENGTH)))
+    stack.enter_context(first_hook(attn.hook_attn_scores, _stream))
+    stack.enter_context(first_hook(attn.hook_pattern, _watch))
+
+
+def _capture_scores(attn: AbstractAttention, origin: Origin, q: Tensor, k: Tensor) -> Tensor:
+    """The model's own code, with q . k^T noted. The base class's: under grouped queries k is not expanded."""
+    with CaptureProduct(origin):
+        return AbstractAttention.calculate_attention_scores(attn, q, k)
+
+
+def _apply_mask(
+    attn: AbstractAttention, attn_scores: Tensor, past_kv_pos_offset: int = 0, attention_mask: Tensor | None = None
+) -> Tensor:
+    """`apply_causal_mask` without a query_pos x key_pos tensor."""
+    assert isinstance(attn_scores, AttentionScores)
+    n_queries, n_keys = attn_scores.shape[-2:]
+    if n_queries + past_kv_pos_offset != n_keys:
+        raise ValueError(f"past_kv_pos_offset was {past_kv_pos_offset}; expected {n_keys - n_queries}, the keys before the queries.")
+    window = attn.cfg.window_size if attn.attn_type == "local" else None
+    valid = None if attention_mask is None else attention_mask.bool().to(attn_scores.device)
+    mask = AttentionMask.causal(n_queries, n_keys, window=window, key_valid=valid, device=attn_scores.device)
+    return attn_scores.with_mask(mask)
+
+
+def _stream(scores: Tensor, hook: Any) -> Tensor:
+    """The Stream hook. Anything but fresh scores passes: a context inside another one has already chosen."""
+    sparse = scores.to_sparse_scores() if isinstance(scores, AttentionScores) else scores
+    return _watch(sparse, hook)
+
+
+def _watch(tensor: Tensor, hook: Any) -> Tensor:
+    if isinstance(tensor, BlockSparseTensor):
+        watch(tensor, hook)
+    return tensor
+
+
+def _to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`to_tokens` without truncation: a text that is too long raises."""
+    if len(args) < 4:
+        kwargs.setdefault("truncate", False)
+    tokens = type(model).to_tokens(model, input, *args, **kwargs)
+    _check_length(tokens, None, model.cfg.n_ctx)
+    return tokens
+
+
+def _check_length(x: Tensor, hook: Any, n_ctx: int) -> None:
+    batch, length = x.shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError(f"tokens were of shape {[batch, length]}; expected at least one text of at least one token.")
+    if length > n_ctx:
+        raise ValueError(
+            f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. Shorten the text, "
+            "or load the model with a larger n_ctx."
+        )

@@ -1,0 +1,60 @@
+"""Replace attributes of single instances for a while, and put back exactly what stood there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch.nn import Module
+from transformer_lens.hook_points import HookPoint
+
+_MISSING = object()
+
+
+class MethodOverride:
+    """A function that stands in for a method of one instance. A deep copy of the instance gets its own method back."""
+
+    def __init__(self, owner: Module, name: str, function: Callable[..., Any]) -> None:
+        self.owner, self.name, self.function = owner, name, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        owner = memo.get(id(self.owner), self.owner)
+        return MethodType(getattr(type(owner), self.name), owner)
+
+
+@contextmanager
+def override_method(owner: Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """`owner.name(...)` calls `function(...)` meanwhile."""
+    with override_attribute(owner, name, MethodOverride(owner, name, function)):
+        yield
+
+
+@contextmanager
+def override_attribute(owner: Module, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` meanwhile; afterwards what stood on the instance stands there again."""
+    before = owner.__dict__.get(name, _MISSING)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+@contextmanager
+def first_hook(point: HookPoint, hook: Callable[..., Any]) -> Iterator[None]:
+    """`hook` runs before all others at `point` meanwhile; `reset_hooks()` leaves it in place."""
+    point.add_hook(hook, is_permanent=True, prepend=True)
+    handle = point.fwd_hooks[0]
+    try:
+        yield
+    finally:
+        handle.hook.remove()
+        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]

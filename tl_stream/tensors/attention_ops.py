@@ -1,0 +1,58 @@
+"""The two steps that the model itself takes: softmax of the scores, and pattern @ v."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_stream.tensors import gradients
+from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
+from tl_stream.tensors.data import BlockData, PatternData, ScoresData, block_softmax
+
+
+def softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    """Softmax over the kept keys of each row; lazy as long as nobody wrote to the scores."""
+    if dim not in (-1, scores.dim() - 1) or scores.fill != -torch.inf:
+        return NotImplemented
+    return pattern_of(scores, dtype or scores.dtype)
+
+
+def pattern_of(scores: BlockSparseTensor, dtype: torch.dtype, sink: Tensor | None = None) -> BlockSparsePattern:
+    """The softmax of scores, with a sink logit `[batch, head_index, query_pos, 1]` beside the keys or without."""
+    data = scores._selected()
+    view = scores._view if data is scores._data else gradients.narrowed_view(scores, data)
+    if isinstance(data, ScoresData) and data.is_lazy:
+        products = data.products if sink is None else replace(data.products, sink=sink)
+        data.pattern = PatternData(data.layout, 0.0, data.origin).of(products)
+        return BlockSparsePattern(data.pattern, view, dtype, scores._detached)
+    values = block_softmax(gradients.at_use(data, data.block_values()), data.layout, sink)
+    return BlockSparsePattern(BlockData(data.layout, 0.0, data.origin, values), view, dtype, scores._detached)
+
+
+def matmul(pattern: Any, v: Any) -> Any:
+    """`pattern @ v` over the kept keys, without the pattern's values where they were not written to."""
+    if not isinstance(pattern, BlockSparseTensor) or isinstance(v, BlockSparseTensor) or pattern.fill != 0:
+        return NotImplemented
+    data = pattern._selected()
+    layout = data.layout
+    shape = (layout.batch, layout.n_heads, layout.mask.key_length)
+    if v.dim() < 2 or v.shape[-2] != shape[-1]:
+        return NotImplemented
+    full = v
+    if isinstance(pattern._view.head, int):
+        full = full.unsqueeze(-3)
+    if isinstance(pattern._view.batch, int):
+        full = full.unsqueeze(0)
+    if full.dim() > 4:
+        return NotImplemented
+    full = full.expand(*shape[:2], *full.shape[-2:])
+    z = gradients.weigh(data, full)
+    rows = pattern._view.rows
+    z = pattern.drop_indexed(z[:, :, rows.start : rows.stop]).to(torch.promote_types(pattern.dtype, v.dtype))
+    return z.detach() if pattern._detached and not v.requires_grad else z
+
+
+HANDLERS = {"softmax": softmax, "matmul": matmul, "bmm": matmul}

@@ -1,0 +1,190 @@
+"""`BlockSparseTensor`: a `torch.Tensor` of shape [batch, head_index, query_pos, key_pos] that holds only kept blocks.
+
+It is a wrapper without dense data. What code does to it arrives in `__torch_function__` and is carried out on the
+ordinary tensors inside, so that autograd sees those. An operation that is not known raises, or is made dense where
+the tensor has at most `config.max_dense` entries; that is counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tl_stream.layout import BlockLayout
+from tl_stream.tensors.data import BlockData, LazyData, Products
+from tl_stream.tensors.view import View
+
+_METADATA = {
+    "shape", "ndim", "dtype", "device", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "layout",
+    "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_leaf", "grad_fn",
+    "requires_grad", "is_inference", "is_signed", "element_size", "itemsize", "stride", "ndimension", "names", "has_names",
+    "len", "hash", "get_device", "is_mkldnn", "is_vulkan", "is_ipu", "is_xla", "is_mtia", "is_maia", "is_neg", "is_conj",
+    "output_nr", "_version", "is_sparse_csr", "is_hpu",
+}  # fmt: skip
+
+
+class BlockSparseTensor(Tensor):
+    """Entries on kept blocks, and one value (`fill`) everywhere else."""
+
+    _data: BlockData
+    _view: View
+    _detached: bool
+    _graph: Products | None  # keeps the products' graph alive, unless detached
+
+    @staticmethod
+    def __new__(
+        cls, data: BlockData, view: View | None = None, dtype: torch.dtype | None = None, detached: bool = False
+    ) -> BlockSparseTensor:
+        """Show `data`, or the part of it that `view` says, as a tensor."""
+        view = View.whole(data.layout.shape) if view is None else view
+        if dtype is None:
+            dtype = data.values.dtype if data.values is not None else torch.get_default_dtype()
+        self = torch.Tensor._make_wrapper_subclass(cls, view.shape, dtype=dtype, device=data.layout.device)
+        self._data, self._view, self._detached = data, view, detached
+        self._graph = None if detached or not isinstance(data, LazyData) else data.products
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from tl_stream.tensors.dispatch import run
+
+        if function_name(func) in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return run(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(
+            f"{func} reached a {cls.__name__} below torch's Python interface (as .T, .data, torch.tensor(x) and vmap do); "
+            "it holds only kept blocks. Call .to_dense() first, or .detach()/.clone() where you used .data."
+        )
+
+    @property
+    def block_layout(self) -> BlockLayout:
+        """Kept blocks of the batch elements and heads shown (all query rows)."""
+        return self._narrow_layout()
+
+    @property
+    def fill(self) -> float | bool:
+        """Value of every entry outside the kept blocks."""
+        return self._data.fill
+
+    @property
+    def block_values(self) -> Shaped[Tensor, "batch head_index q_block slot block_q block_k"]:
+        """Values on the kept blocks, block padding included; batch and head have size 1 where an index dropped them."""
+        return self.shown_values().unflatten(-1, (-1, self._data.layout.block_k)).movedim(-2, -3)
+
+    def row_values(self) -> Shaped[Tensor, "*batch_and_head query_pos key"]:
+        """Values on the kept blocks by query row, `key = slot * block_k + offset in the block`."""
+        values = self.shown_values().flatten(2, 3)
+        return self.drop_indexed(values[:, :, self._view.rows.start : self._view.rows.stop])
+
+    def to_dense(self) -> Shaped[Tensor, "*batch_and_head query_pos key_pos"]:
+        """An ordinary tensor. Makes every entry: batch x head x query_pos x key_pos of them.
+
+        Raises:
+            ValueError: More entries than `tl_stream.layout.MAX_DENSE_ENTRIES`.
+        """
+        layout = self._narrow_layout()
+        layout.check_dense()
+        values = self.shown_values()
+        indices, used = layout.rows()
+        # Slots that are not used go to one more key block, which is cut off.
+        columns = indices.masked_fill(~used, layout.n_kv_blocks)
+        offsets = torch.arange(layout.block_k, device=values.device)
+        columns = (columns[..., None] * layout.block_k + offsets).flatten(-2)[:, :, :, None].expand(values.shape)
+        width = (layout.n_kv_blocks + 1) * layout.block_k
+        dense = values.new_full((*values.shape[:4], width), self.fill).scatter(-1, columns, values)
+        rows = self._view.rows
+        dense = dense.flatten(2, 3)[:, :, rows.start : rows.stop, : layout.mask.key_length]
+        return self.drop_indexed(dense)
+
+    def stored_tensors(self) -> list[Tensor]:
+        """The ordinary tensors that hold this one's memory."""
+        return self._data.stored_tensors()
+
+    def retained_mass(self) -> Float[Tensor, "*batch_and_head query_pos"]:
+        """Share of each row's full softmax (over all keys that the mask allows) that the kept keys hold, exactly.
+
+        O(T^2) time over all rows, O(T) memory; take a range of rows first where that is too much.
+
+        Raises:
+            TypeError: Not a pattern that can still be recomputed from q and k.
+        """
+        raise TypeError(f"retained_mass() needs a pattern that was not written to; this is a {type(self).__name__}.")
+
+    def drop_indexed(self, x: Tensor) -> Tensor:
+        """`x` `[batch, head_index, ...]` without the dimensions that an index dropped."""
+        if isinstance(self._view.head, int):
+            x = x.squeeze(1)
+        return x.squeeze(0) if isinstance(self._view.batch, int) else x
+
+    def alias(self, view: View | None = None, dtype: torch.dtype | None = None, detached: bool | None = None) -> Any:
+        """Another tensor on the same data: writes to one are seen by the other."""
+        detached = self._detached if detached is None else detached
+        return type(self)(self._data, view or self._view, dtype or self.dtype, detached)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        state = "lazy" if self._data.is_lazy else "values"
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self._data.origin.layer}, "
+            f"{state}, fill={self.fill}, {self._narrow_layout()!r})"
+        )
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+    def _selected(self) -> BlockData:
+        """The data of the batch elements and heads shown."""
+        data, device = self._data, self._data.layout.device
+        if View.whole(data.layout.shape).axes[:2] == self._view.axes[:2]:
+            return data
+        return data.select(self._view.texts(device), self._view.heads(device))
+
+    def _narrow_layout(self) -> BlockLayout:
+        layout = self._data.layout
+        if View.whole(layout.shape).axes[:2] == self._view.axes[:2]:
+            return layout
+        return layout.select(self._view.texts(layout.device), self._view.heads(layout.device))
+
+    def shown_values(self) -> Shaped[Tensor, "batch head_index q_block block_q key"]:
+        """Values on the kept blocks of the batch elements and heads shown, in this tensor's dtype; all query rows."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detached):
+            values = self._selected().block_values().to(self.dtype)
+        return values.detach() if self._detached else values
+
+
+class BlockSparseScores(BlockSparseTensor):
+    """Attention scores on the kept blocks, -inf elsewhere: what `hook_attn_scores` shows."""
+
+
+class BlockSparsePattern(BlockSparseTensor):
+    """Attention probabilities on the kept blocks, 0 elsewhere: what `hook_pattern` shows.
+
+    The log-sum-exp is over the kept keys: these are the sparse model's probabilities.
+    """
+
+    def retained_mass(self) -> Float[Tensor, "*batch_and_head query_pos"]:
+        from tl_stream.tensors.retained import retained_mass
+
+        return retained_mass(self)
+
+
+def function_name(func: Any) -> str:
+    """`add` for torch.add, Tensor.add and Tensor.__add__; `iadd`, `add_`; the attribute's name for a property."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__", "__delete__"):
+        attribute = getattr(func.__self__, "__name__", "")
+        return attribute if name == "__get__" else f"set {attribute}"
+    return name[2:-2] if name.startswith("__") and name.endswith("__") else name
+
+
+def rows_to_blocks(x: Tensor, layout: BlockLayout) -> Tensor:
+    """`[batch, head_index, query_pos, ...]` as `[batch, head_index, q_block, block_q, ...]`, padded with zeros."""
+    missing = -x.shape[2] % layout.block_q
+    return pad(x, (0, 0) * (x.dim() - 3) + (0, missing)).unflatten(2, (-1, layout.block_q))

@@ -1,0 +1,385 @@
+"""What a sparse tensor holds: a layout, and values on the kept blocks, made only when somebody asks."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from tl_stream import score_mod
+from tl_stream.attention import sparse_attention
+from tl_stream.attention.gather import block_scores, weigh_values
+from tl_stream.config import StreamConfig
+from tl_stream.layout import BlockLayout
+from tl_stream.score_mod import FromRow, OnSubset, ScoreMod
+
+MAX_VALUES = 2**31
+_ENTRIES_AT_ONCE = 2**18
+Data = TypeVar("Data", bound="BlockData")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sparse tensor comes from: for messages, limits and the count of automatic densifications.
+
+    Attributes:
+        config: The run's config.
+        layer: Layer index.
+        dense: Whether the layer is one of `config.dense_layers`.
+        fallbacks: How often each unknown operation was made dense, over the whole run.
+    """
+
+    config: StreamConfig
+    layer: int
+    dense: bool
+    fallbacks: Counter[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """q . k and what the model did to it: enough to recompute any score exactly, in O(T d_head) memory.
+
+    Attributes:
+        q: Queries, `[batch, head_index, query_pos, d_head]`.
+        k: Keys, `[batch, kv_head_index, key_pos, d_head]`.
+        scale: Factor on q . k.
+        score_mods: What was applied to the scaled q . k, in turn.
+        sink: A logit beside the keys in the softmax, `[batch or 1, head_index or 1, query_pos or 1, 1]`; None: none.
+    """
+
+    q: Float[Tensor, "batch head_index query_pos d_head"]
+    k: Float[Tensor, "batch kv_head_index key_pos d_head"]
+    scale: float = 1.0
+    score_mods: Sequence[ScoreMod] = ()
+    sink: Float[Tensor, "_ _ _ 1"] | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow to q or k (or the sink) from here."""
+        sink = self.sink is not None and self.sink.requires_grad
+        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or sink)
+
+    def attend(self, v: Tensor, layout: BlockLayout, backend: str) -> tuple[Tensor, Tensor]:
+        """z and log-sum-exp over the kept blocks."""
+        return sparse_attention(
+            self.q, self.k, v, layout, scale=self.scale, score_mods=self.score_mods, sink=self.sink, backend=backend
+        )
+
+    def block_scores(self, layout: BlockLayout) -> Tensor:
+        """Scores on the kept blocks, in q's dtype or float32, whichever is wider."""
+        return block_scores(self.q, self.k, layout, scale=self.scale, score_mods=self.score_mods)
+
+    def scores_at(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Float[Tensor, " entry"]:
+        """Scores at single entries, given as four index tensors `[entry]`, mask not applied."""
+        group = self.q.shape[1] // self.k.shape[1]
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        parts = []
+        for b, h, i, j in zip(*(x.split(_ENTRIES_AT_ONCE) for x in (batch, head, query_pos, key_pos)), strict=True):
+            dots = (self.q[b, h, i].to(wide) * self.k[b, h // group, j].to(wide)).sum(-1)
+            parts.append(score_mod.apply(self.score_mods, dots * self.scale, b, h, i, j))
+        return torch.cat(parts) if parts else self.q.new_zeros(0, dtype=wide)
+
+    def select(self, texts: Int[Tensor, " batch"], heads: Int[Tensor, " head_index"]) -> Products:
+        """The products of some batch elements and heads."""
+        group = self.q.shape[1] // self.k.shape[1]
+        mods = tuple(OnSubset(mod, texts, heads) for mod in self.score_mods)
+        sink = self.sink
+        if sink is not None:
+            sink = sink.expand(self.q.shape[0], self.q.shape[1], -1, -1)[texts][:, heads]
+        return Products(self.q[texts][:, heads], self.k[texts][:, heads // group], self.scale, mods, sink)
+
+    def stored_tensors(self) -> list[Tensor]:
+        """What holds the memory: q, k and the sink."""
+        return [x for x in (self.q, self.k, self.sink) if x is not None]
+
+    def shifted_mods(self, first: int) -> tuple[ScoreMod, ...]:
+        """The score mods for queries that are counted from position `first`."""
+        return tuple(FromRow(mod, first) for mod in self.score_mods) if first else tuple(self.score_mods)
+
+    def detach(self) -> Products:
+        """The same without gradients."""
+        sink = None if self.sink is None else self.sink.detach()
+        return replace(self, q=self.q.detach(), k=self.k.detach(), sink=sink)
+
+    def to(self, device: torch.device) -> Products:
+        """The same on another device."""
+        if self.q.device == device:
+            return self
+        return replace(self, q=self.q.to(device), k=self.k.to(device), sink=None if self.sink is None else self.sink.to(device))
+
+
+@dataclass(eq=False)
+class BlockData:
+    """Mutable content shared by a sparse tensor and its aliases.
+
+    Attributes:
+        layout: Kept blocks.
+        fill: Value of every entry outside them.
+        origin: Where it comes from.
+        values: Values on the kept blocks, `[batch, head_index, q_block, block_q, key]`; None: not made (yet).
+        version: Number of writes so far.
+        watches: Told the gradient of the values at their next use (see `gradients.watch`).
+        tap: Where the gradient of a lazy pattern can be had while the graph lives (see `gradients.Tap`).
+    """
+
+    layout: BlockLayout
+    fill: float | bool
+    origin: Origin
+    values: Tensor | None = None
+    version: int = 0
+    watches: tuple[Callable[[Tensor], None], ...] = ()
+    tap: weakref.ref[Any] | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow through the values."""
+        return self.values is not None and self.values.requires_grad
+
+    def make(self) -> Tensor:
+        """The values of what has not been written to."""
+        raise NotImplementedError
+
+    def block_values(self) -> Shaped[Tensor, "batch head_index q_block block_q key"]:
+        """Values on the kept blocks.
+
+        Raises:
+            ValueError: More than `MAX_VALUES` of them.
+        """
+        if self.values is not None:
+            return self.values
+        self._check_size()
+        made = self.make()
+        if made.requires_grad and self.tap is None:
+            self.values = made  # not used yet, so it is what the graph will use: a gradient must find this very tensor
+        return made
+
+    def entries(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Shaped[Tensor, " entry"]:
+        """Values at single entries, given as four index tensors `[entry]`."""
+        layout = self.layout
+        slot, kept = layout.find(batch, head, query_pos // layout.block_q, key_pos // layout.block_k)
+        if self.is_lazy and not self.lazy_requires_grad:
+            kept = kept & layout.mask.allows(batch, query_pos, key_pos)
+            found = self.make_entries(batch, head, query_pos, key_pos)
+        else:
+            found = self.block_values()[self.locate(batch, head, query_pos, key_pos, slot)]
+        return torch.where(kept, found, torch.full((), self.fill, dtype=found.dtype, device=found.device))
+
+    @property
+    def lazy_requires_grad(self) -> bool:
+        """Whether values, if made now, would be part of a graph."""
+        return False
+
+    def make_entries(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+        """Values at single entries of what has not been written to, mask not applied."""
+        raise NotImplementedError
+
+    def locate(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor, slot: Tensor) -> tuple[Tensor, ...]:
+        """Indices into the values of single entries."""
+        block_q, block_k = self.layout.block_q, self.layout.block_k
+        return batch, head, query_pos // block_q, query_pos % block_q, slot * block_k + key_pos % block_k
+
+    def extend(self, layout: BlockLayout) -> None:
+        """Keep the blocks of `layout`, which holds the present one, too; what is new holds `fill`."""
+        if layout is not self.layout:
+            self.values = relayout(self.block_values(), self.layout, layout, self.fill)
+            self.layout = layout
+
+    def to(self: Data, device: torch.device) -> Data:
+        """A copy on another device."""
+        other = self.fork()
+        other.layout = self.layout.to(device)
+        other.values = None if self.values is None else self.values.to(device)
+        return other
+
+    def fork(self: Data) -> Data:
+        """An independent copy."""
+        other = copy.copy(self)
+        other.values = None if self.values is None else self.values.clone()
+        return other
+
+    def select(self, texts: Int[Tensor, " batch"], heads: Int[Tensor, " head_index"]) -> BlockData:
+        """The content of some batch elements and heads, as a copy."""
+        layout = self.layout.select(texts, heads)
+        return BlockData(layout, self.fill, self.origin, self.block_values()[texts][:, heads], watches=self.watches)
+
+    def stored_tensors(self) -> list[Tensor]:
+        """What holds the memory: indices and values."""
+        layout = self.layout
+        return [x for x in (layout.kv_indices, layout.kv_num_blocks, self.values) if x is not None]
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the values are recomputed when asked for."""
+        return False
+
+    def _check_size(self) -> None:
+        layout = self.layout
+        numel = layout.batch * layout.n_heads * layout.n_q_blocks * layout.block_q * layout.n_slots * layout.block_k
+        if numel > MAX_VALUES:
+            raise ValueError(
+                f"The values of layer {self.origin.layer}'s kept blocks would be {numel:,} numbers; at most "
+                f"{MAX_VALUES:,} are made. Take fewer heads, or a smaller k (now {layout})."
+            )
+
+
+Lazy = TypeVar("Lazy", bound="LazyData")
+
+
+@dataclass(eq=False)
+class LazyData(BlockData):
+    """Values that are recomputed from q and k until somebody writes to them.
+
+    Only `plain` is kept; the products that are part of a graph live as long as a tensor that is not detached, or the
+    graph itself, needs them. So a cached pattern doesn't keep the graph of its run alive.
+
+    Attributes:
+        plain: Products without gradients.
+        live: The same with gradients, while somebody holds them.
+    """
+
+    plain: Products | None = None
+    live: weakref.ref[Products] | None = None
+
+    def of(self: Lazy, products: Products) -> Lazy:
+        """Set the products; the caller keeps those alive for as long as gradients matter."""
+        self.plain, self.live = products.detach(), weakref.ref(products)
+        return self
+
+    @property
+    def products(self) -> Products:
+        """The products, with gradients where those still live."""
+        live = None if self.live is None else self.live()
+        found = self.plain if live is None else live
+        assert found is not None
+        return found
+
+    @property
+    def is_lazy(self) -> bool:
+        return self.values is None
+
+    @property
+    def lazy_requires_grad(self) -> bool:
+        return self.products.requires_grad
+
+    @property
+    def requires_grad(self) -> bool:
+        return super().requires_grad or self.lazy_requires_grad
+
+    def to(self: Lazy, device: torch.device) -> Lazy:
+        return BlockData.to(self, device).of(self.products.to(device))
+
+    def stored_tensors(self) -> list[Tensor]:
+        return super().stored_tensors() + self.products.stored_tensors()
+
+
+@dataclass(eq=False)
+class ScoresData(LazyData):
+    """Scores that are recomputed from q and k.
+
+    Attributes:
+        pattern: What their softmax gave, once it was taken.
+    """
+
+    pattern: PatternData | None = None
+
+    def make(self) -> Tensor:
+        return self.products.block_scores(self.layout)
+
+    def make_entries(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+        return self.products.scores_at(batch, head, query_pos, key_pos)
+
+    def select(self, texts: Tensor, heads: Tensor) -> BlockData:
+        if not self.is_lazy or self.lazy_requires_grad:
+            return super().select(texts, heads)
+        data = ScoresData(self.layout.select(texts, heads), self.fill, self.origin)
+        return data.of(self.products.select(texts, heads))
+
+
+@dataclass(eq=False)
+class PatternData(LazyData):
+    """Probabilities that are recomputed from q, k and each row's log-sum-exp over its kept keys.
+
+    Attributes:
+        lse: Log-sum-exp of each row (natural log, sink included), once it is known.
+    """
+
+    lse: Float[Tensor, "batch head_index query_pos"] | None = None
+
+    def row_lse(self) -> Float[Tensor, "batch head_index query_pos"]:
+        """Log-sum-exp of each row over its kept keys (natural log, sink included)."""
+        if self.lse is None:
+            nothing = self.products.k[..., :0]
+            with torch.no_grad():
+                self.lse = self.products.attend(nothing, self.layout, "gather")[1]
+        return self.lse
+
+    def make(self) -> Tensor:
+        return block_softmax(self.products.block_scores(self.layout), self.layout, self.products.sink)
+
+    def make_entries(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+        scores = self.products.scores_at(batch, head, query_pos, key_pos)
+        return (scores - self.row_lse()[batch, head, query_pos]).exp()
+
+    def weigh(self, v: Tensor) -> Tensor:
+        """`pattern @ v` by the fused kernel, which makes no values; remembers the log-sum-exp."""
+        z, lse = self.products.attend(v, self.layout, self.origin.config.backend)
+        self.lse = lse.detach()
+        return z
+
+    def select(self, texts: Tensor, heads: Tensor) -> BlockData:
+        if not self.is_lazy or self.lazy_requires_grad:
+            return super().select(texts, heads)
+        lse = self.row_lse()[texts][:, heads]
+        data = PatternData(self.layout.select(texts, heads), self.fill, self.origin, lse=lse)
+        return data.of(self.products.select(texts, heads))
+
+    def to(self, device: torch.device) -> PatternData:
+        other = LazyData.to(self, device)
+        other.lse = None if self.lse is None else self.lse.to(device)
+        return other
+
+    def stored_tensors(self) -> list[Tensor]:
+        return super().stored_tensors() + ([] if self.lse is None else [self.lse])
+
+
+def block_softmax(
+    scores: Float[Tensor, "batch head_index q_block block_q key"], layout: BlockLayout, sink: Tensor | None
+) -> Float[Tensor, "batch head_index q_block block_q key"]:
+    """Softmax of every row over its kept keys (and the sink logit); a row without keys gives 0 everywhere."""
+    peak = scores.detach().amax(-1, keepdim=True)
+    extra = None
+    if sink is not None:
+        chunk_rows = torch.nn.functional.pad(
+            sink.expand(-1, -1, layout.mask.query_length, -1),
+            (0, 0, 0, -layout.mask.query_length % layout.block_q),
+        )
+        extra = chunk_rows.unflatten(2, (-1, layout.block_q)).to(scores.dtype)
+        peak = torch.maximum(peak, extra.detach())
+    peak = peak.clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    if extra is not None:
+        total = total + (extra - peak).exp()
+    return weights / total.clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def relayout(values: Tensor, old: BlockLayout, new: BlockLayout, fill: float | bool) -> Tensor:
+    """Values on the blocks of `new`: those of `old` where it keeps a block, else `fill`."""
+    if old.n_slots == 0:
+        return values.new_full((*values.shape[:-1], new.n_slots * new.block_k), fill)
+    indices, used = new.rows()
+    batch = torch.arange(old.batch, device=values.device)[:, None, None, None]
+    head = torch.arange(old.n_heads, device=values.device)[:, None, None]
+    row = torch.arange(old.n_q_blocks, device=values.device)[:, None]
+    slot, kept = old.find(batch, head, row, indices)
+    blocks = values.unflatten(-1, (-1, old.block_k))
+    index = slot[:, :, :, None, :, None].expand(*values.shape[:4], -1, old.block_k)
+    known = (kept & used)[:, :, :, None, :, None]
+    return torch.where(known, blocks.gather(-2, index), torch.as_tensor(fill, dtype=values.dtype)).flatten(-2)

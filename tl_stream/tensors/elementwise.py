@@ -1,0 +1,192 @@
+"""Operations entry by entry: the function itself, applied to the kept values and to the fill value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_stream.layout import BlockLayout
+from tl_stream.tensors import indexing
+from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
+from tl_stream.tensors.data import BlockData, PatternData, relayout
+from tl_stream.tensors.view import View
+
+_BASE = {
+    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "pow", "neg", "negative",
+    "abs", "absolute", "exp", "log", "log2", "log10", "log1p", "expm1", "sqrt", "rsqrt", "square", "reciprocal", "sign",
+    "sigmoid", "tanh", "relu", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "masked_fill", "where", "maximum",
+    "minimum", "lerp", "xlogy", "isnan", "isinf", "isfinite", "logical_not", "logical_and", "logical_or", "bitwise_and",
+    "bitwise_or", "bitwise_not", "eq", "ne", "gt", "ge", "lt", "le", "zeros_like", "ones_like", "full_like", "round",
+    "floor", "ceil",
+}  # fmt: skip
+_OPERATORS = {
+    "radd", "rsub", "rmul", "rdiv", "truediv", "rtruediv", "floordiv", "rpow", "invert", "and", "or", "rand", "ror",
+}  # fmt: skip
+_IN_PLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "idiv": "div", "itruediv": "div", "ipow": "pow"}
+NAMES = _BASE | _OPERATORS
+
+
+def is_in_place(name: str) -> bool:
+    """Whether an operation of that name changes its first argument."""
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
+
+def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    """`func` entry by entry; NotImplemented where the result is not one value everywhere outside the kept blocks."""
+    sparse = [x for x in (*args, *kwargs.values()) if isinstance(x, BlockSparseTensor)]
+    leader = next((x for x in sparse if x.dtype.is_floating_point), sparse[0])
+    if name.endswith("_like"):
+        return _constant(leader, func, args, kwargs)
+    if name == "isnan" and _never_nan(leader):
+        return _uniform(leader, False, torch.bool)
+    if name == "where" and len(args) == 3:
+        picked = _uniform_choice(*args)
+        if picked is not None:
+            return picked
+    if any(not _aligned(leader, x) for x in sparse):
+        return NotImplemented
+    if any(isinstance(x, Tensor) and _too_large(x, leader) for x in (*args, *kwargs.values())):
+        return NotImplemented
+    layout = _common_layout([x._narrow_layout() for x in sparse])
+    values = {id(x): _values_on(x, layout) for x in sparse}
+
+    def at_blocks(x: Any) -> Any:
+        if isinstance(x, BlockSparseTensor):
+            return values[id(x)]
+        return _to_blocks(x, leader, layout) if isinstance(x, Tensor) and x.dim() else x
+
+    fill = _fill(func, args, kwargs, values)
+    if fill is None:
+        return NotImplemented
+    result = func(*map(at_blocks, args), **{key: at_blocks(x) for key, x in kwargs.items()})
+    return rewrap(leader, BlockData(layout, fill, leader._data.origin, result, watches=leader._data.watches))
+
+
+def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
+    """`x.mul_(...)` and `x *= ...` as the plain operation, written back; NotImplemented where that is not known."""
+    target = args[0]
+    base = _IN_PLACE_OPERATORS.get(name, name[:-1])
+    if not isinstance(target, BlockSparseTensor):
+        return NotImplemented
+    if base in ("zero", "fill"):
+        indexing.write(target, ..., args[1] if base == "fill" else 0)
+        return target
+    if base not in _BASE:
+        return NotImplemented
+    result = run(base, getattr(Tensor, base), args, kwargs)
+    if result is NotImplemented:
+        return NotImplemented
+    whole = target._view.is_whole(target._data.layout.shape)
+    if whole and result._data.layout is target._data.layout:
+        target._data.values, target._data.fill = result._data.values.to(target.dtype), result.fill
+        target._data.version += 1
+    else:
+        indexing.write(target, ..., result)
+    return target
+
+
+def rewrap(template: BlockSparseTensor, data: BlockData) -> BlockSparseTensor:
+    """A tensor with the dimensions of `template` on new data of its batch elements and heads."""
+    old = template._view
+    view = View(
+        0 if isinstance(old.batch, int) else range(data.layout.batch),
+        0 if isinstance(old.head, int) else range(data.layout.n_heads),
+        old.rows,
+        old.n_keys,
+    )
+    assert data.values is not None
+    kind = type(template) if data.values.is_floating_point() else BlockSparseTensor
+    return kind(data, view, data.values.dtype)
+
+
+def empty_layout(layout: BlockLayout) -> BlockLayout:
+    """A layout of the same shape that keeps nothing."""
+    shape = (layout.batch, layout.n_heads, layout.n_q_blocks)
+    indices = torch.zeros(*shape, 0, dtype=torch.int32, device=layout.device)
+    number = torch.zeros(shape, dtype=torch.int32, device=layout.device)
+    return BlockLayout(indices, number, layout.mask, layout.block_q, layout.block_k, layout.batch, layout.n_heads)
+
+
+def _constant(leader: BlockSparseTensor, func: Any, args: tuple, kwargs: dict) -> Any:
+    """`zeros_like` and its kin: one value everywhere, nothing kept."""
+    sample = func(torch.empty(1, dtype=leader.dtype, device=leader.device), *args[1:], **kwargs)
+    return _uniform(leader, sample.item(), sample.dtype)
+
+
+def _uniform(leader: BlockSparseTensor, value: Any, dtype: torch.dtype) -> BlockSparseTensor:
+    layout = empty_layout(leader._narrow_layout())
+    shape = (layout.batch, layout.n_heads, layout.n_q_blocks, layout.block_q, 0)
+    values = torch.zeros(shape, dtype=dtype, device=layout.device)
+    return rewrap(leader, BlockData(layout, value, leader._data.origin, values))
+
+
+def _never_nan(tensor: BlockSparseTensor) -> bool:
+    """A lazy pattern: its kernel gives 0, never NaN, for a row that reads nothing."""
+    return isinstance(tensor, BlockSparsePattern) and isinstance(tensor._data, PatternData) and tensor._data.is_lazy
+
+
+def _uniform_choice(condition: Any, chosen: Any, other: Any) -> Any:
+    """`where` under a condition that is the same everywhere: one of its arguments as it is."""
+    if not isinstance(condition, BlockSparseTensor) or condition._data.layout.is_full or condition._data.layout.n_slots:
+        return None
+    picked = chosen if condition.fill else other
+    return picked if isinstance(picked, BlockSparseTensor) and picked.shape == condition.shape else None
+
+
+def _aligned(leader: BlockSparseTensor, other: BlockSparseTensor) -> bool:
+    a, b = leader._data.layout, other._data.layout
+    same_blocks = (a.block_q, a.block_k, a.seq_lengths) == (b.block_q, b.block_k, b.seq_lengths)
+    return same_blocks and leader.shape == other.shape and leader._view.rows == other._view.rows
+
+
+def _too_large(x: Tensor, leader: BlockSparseTensor) -> bool:
+    """Whether broadcasting with `x` would give another shape than `leader`'s."""
+    if isinstance(x, BlockSparseTensor):
+        return False
+    return torch.broadcast_shapes(x.shape, leader.shape) != leader.shape
+
+
+def _common_layout(layouts: list[BlockLayout]) -> BlockLayout:
+    common = layouts[0]
+    for layout in layouts[1:]:
+        if layout.kv_indices is not common.kv_indices:
+            common = common.union(layout)
+    return common
+
+
+def _values_on(tensor: BlockSparseTensor, layout: BlockLayout) -> Tensor:
+    own, values = tensor._narrow_layout(), tensor.shown_values()
+    return values if own.kv_indices is layout.kv_indices else relayout(values, own, layout, tensor.fill)
+
+
+def _to_blocks(x: Tensor, leader: BlockSparseTensor, layout: BlockLayout) -> Tensor:
+    """A dense tensor that broadcasts against `leader`, at the kept entries."""
+    full = x.as_subclass(Tensor).expand(leader.shape)
+    if isinstance(leader._view.head, int):
+        full = full.unsqueeze(-3)
+    if isinstance(leader._view.batch, int):
+        full = full.unsqueeze(0)
+    rows = leader._view.rows
+    batch = torch.arange(layout.batch, device=x.device)[:, None, None, None, None]
+    head = torch.arange(layout.n_heads, device=x.device)[:, None, None, None]
+    queries = (layout.query_positions() - rows.start).clamp(0, len(rows) - 1)[:, :, None]
+    keys = layout.key_positions().clamp(max=layout.mask.key_length - 1)[:, :, :, None]
+    return full[batch, head, queries, keys]
+
+
+def _fill(func: Any, args: tuple, kwargs: dict, values: dict[int, Tensor]) -> float | bool | None:
+    """What `func` makes of the fill value; None where that depends on the place."""
+
+    def outside(x: Any) -> Any:
+        if isinstance(x, BlockSparseTensor):
+            like = values[id(x)]
+            return torch.full((1,), x.fill, dtype=like.dtype, device=like.device)
+        return x.detach() if isinstance(x, Tensor) else x
+
+    with torch.no_grad():
+        result = func(*map(outside, args), **{key: outside(x) for key, x in kwargs.items()})
+    first = result.reshape(-1)[:1]
+    same = (result == first) | (result.isnan() & first.isnan())
+    return first.item() if bool(same.all()) else None

@@ -1,0 +1,190 @@
+"""Reading and writing parts of a sparse tensor by index.
+
+Any index that torch knows is applied to the coordinates of the entries instead of to the entries: four expanded
+`arange`s, which take no memory. What comes out says which entries are meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.view import Selection
+
+MAX_WINDOW = 2**24
+
+
+def read(tensor: BlockSparseTensor, key: Any) -> Tensor:
+    """`tensor[key]`: sparse for whole rows (ints and slices on the other axes), else a plain tensor of the entries.
+
+    Raises:
+        ValueError: The plain tensor would be larger than `MAX_WINDOW` entries and than 16 rows of every head.
+    """
+    selection = tensor._view.index(key)
+    view = None if selection is None else selection.as_view(tensor.shape[-1])
+    if view is not None:
+        return tensor.alias(view)
+    found = window(tensor, lambda grid: grid[key])
+    if selection is None:
+        return found
+    return SliceView.of(found, tensor, key)
+
+
+def window(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """The entries that `pick` (indexing, diagonal, ...) takes from a tensor of this shape, as a plain tensor."""
+    grids = [pick(grid) for grid in tensor._view.coordinates(tensor._data.layout.device)]
+    _check_window(tensor, grids[0])
+    flat = [grid.reshape(-1) for grid in grids]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not tensor._detached):
+        found = tensor._data.entries(*flat).to(tensor.dtype).view(grids[0].shape)
+    return found.detach() if tensor._detached else found
+
+
+def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
+    """`tensor[key] = value`, on kept entries; blocks that another sparse tensor brings along are kept from here on.
+
+    Raises:
+        ValueError: A value other than `fill` for an entry outside the kept blocks.
+    """
+    selection = tensor._view.index(key)
+    if isinstance(value, BlockSparseTensor):
+        _write_sparse(tensor, key, value)
+    elif selection is not None and _is_scalar(value):
+        _write_scalar(tensor._data, selection, value)
+    else:
+        _write_entries(tensor, key, value)
+    tensor._data.version += 1
+
+
+def _write_scalar(data: BlockData, selection: Selection, value: Any) -> None:
+    """One value for a product of indices: works on the blocks, so that it takes no memory beyond theirs."""
+    number = value.item() if isinstance(value, Tensor) and not value.requires_grad else value
+    if selection.numel == 0:
+        return
+    batch, head, rows, keys = selection.membership(data.layout.shape, data.layout.device)
+    inside = _in_blocks(data, batch, head, rows, keys)
+    if isinstance(number, Tensor) or not _same(number, data.fill):
+        missing = selection.numel - int(inside.sum())
+        if missing:
+            raise _lost(data, missing, number)
+    values = data.block_values()
+    data.values = torch.where(inside, torch.as_tensor(number, dtype=values.dtype, device=values.device), values)
+
+
+def _in_blocks(data: BlockData, batch: Tensor, head: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    """Which of the kept entries are members on all four axes, `[batch, head_index, q_block, block_q, key]`."""
+    layout = data.layout
+    _, used = layout.rows()
+    key_pos = layout.key_positions()
+    real = used.repeat_interleave(layout.block_k, -1) & (key_pos < layout.mask.key_length)
+    columns = real & keys[key_pos.clamp(max=layout.mask.key_length - 1)]
+    query_pos = layout.query_positions()
+    queries = (query_pos < layout.mask.query_length) & rows[query_pos.clamp(max=layout.mask.query_length - 1)]
+    inside = columns[:, :, :, None] & queries[:, :, None]
+    return inside & batch[:, None, None, None, None] & head[:, None, None, None]
+
+
+def _write_entries(tensor: BlockSparseTensor, key: Any, value: Any, extend: bool = False) -> None:
+    """Values for single entries, given by any index."""
+    data = tensor._data
+    grids = [grid[key] for grid in tensor._view.coordinates(data.layout.device)]
+    _check_window(tensor, grids[0])
+    extend = extend or (isinstance(value, SliceView) and value.is_sparse_part)
+    source = torch.as_tensor(value, device=data.layout.device)
+    source = source.as_subclass(Tensor).expand(grids[0].shape).reshape(-1)
+    coordinates = [grid.reshape(-1) for grid in grids]
+    layout = data.layout
+    blocks = (coordinates[0], coordinates[1], coordinates[2] // layout.block_q, coordinates[3] // layout.block_k)
+    slot, kept = layout.find(*blocks)
+    lost = ~kept & _differs(source, data.fill)
+    if bool(lost.any()):
+        if not extend:
+            raise _lost(data, int(lost.sum()), source[lost][0].item())
+        data.extend(layout.with_blocks(*(x[lost] for x in blocks)))
+        slot, kept = data.layout.find(*blocks)
+    if not bool(kept.any()):
+        return
+    values = data.block_values()
+    at = data.locate(*(x[kept] for x in coordinates), slot[kept])
+    data.values = values.index_put(at, source[kept].to(values.dtype))
+
+
+def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor) -> None:
+    """The rows of another sparse tensor, with the blocks that it keeps."""
+    selection = tensor._view.index(key)
+    view = None if selection is None else selection.as_view(tensor.shape[-1])
+    target = None if view is None else tensor.alias(view)
+    if target is None or target.shape != value.shape or value.fill != tensor.fill:
+        dense = value.to_dense() if value.numel() <= MAX_WINDOW else None
+        if dense is None:
+            raise ValueError(
+                f"A sparse tensor of shape {tuple(value.shape)} can't be written to {key!r} of one of shape "
+                f"{tuple(tensor.shape)}: expected whole rows of equal number. Index both to the same shape first."
+            )
+        return _write_entries(tensor, key, dense, extend=True)
+    source = value._narrow_layout()
+    indices, used = source.rows()
+    rows, data = target._view.rows, tensor._data
+    shift = rows.start - value._view.rows.start
+    values = value.row_values().reshape(source.batch, source.n_heads, len(rows), -1)
+    local = torch.arange(len(rows), device=values.device)
+    source_rows = (local + value._view.rows.start) // source.block_q
+    key_pos = (indices[..., None] * source.block_k + torch.arange(source.block_k, device=values.device)).flatten(-2)
+    real = used.repeat_interleave(source.block_k, -1) & (key_pos < source.mask.key_length)
+    texts, heads = target._view.texts(values.device), target._view.heads(values.device)
+    place = (
+        texts[:, None, None, None].expand(values.shape),
+        heads[:, None, None].expand(values.shape),
+        (local + value._view.rows.start + shift)[:, None].expand(values.shape),
+        key_pos[:, :, source_rows],
+    )
+    keep = real[:, :, source_rows] & _differs(values, data.fill)
+    _write_scalar(data, selection, data.fill)  # type: ignore[arg-type]
+    flat = [x[keep] for x in place]
+    layout = data.layout
+    blocks = (flat[0], flat[1], flat[2] // layout.block_q, flat[3] // layout.block_k)
+    _, kept = layout.find(*blocks)
+    data.extend(layout.with_blocks(*(x[~kept] for x in blocks)))
+    slot, _ = data.layout.find(*blocks)
+    own = data.block_values()
+    data.values = own.index_put(data.locate(*flat, slot), values[keep].to(own.dtype))
+
+
+def _check_window(tensor: BlockSparseTensor, grid: Tensor) -> None:
+    batch, heads, queries, keys = tensor._data.layout.shape
+    if grid.numel() > max(MAX_WINDOW, 16 * batch * heads * max(queries, keys)):
+        raise ValueError(
+            f"This index takes a dense window of {tuple(grid.shape)} = {grid.numel():,} entries out of a sparse tensor; at "
+            f"most {MAX_WINDOW:,} come back dense. Index batch, head or query rows with ints and slices (those stay "
+            "sparse), or take a smaller window."
+        )
+
+
+def _lost(data: BlockData, number: int, value: Any) -> ValueError:
+    layout = data.layout
+    return ValueError(
+        f"{number:,} of the entries written to (first value: {value}) lie outside the kept blocks of layer "
+        f"{data.origin.layer}, where every entry is {data.fill}; the write would be lost. Keep those blocks: raise "
+        f"k (now at most {layout.n_slots} of {layout.n_kv_blocks} key blocks a row), force them with keep_sink or "
+        "keep_local, or put the layer into dense_layers."
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.dim() == 0
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (a != a and b != b)
+
+
+def _differs(values: Tensor, fill: float | bool) -> Tensor:
+    if fill != fill:
+        return ~values.isnan()
+    return values != fill

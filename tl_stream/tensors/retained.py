@@ -1,0 +1,65 @@
+"""The full softmax of a run's own q and k: single rows of it, and how much of it the kept keys hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_stream.layout import BlockLayout
+from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.data import PatternData, Products
+
+
+@torch.no_grad()
+def retained_mass(pattern: BlockSparseTensor) -> Float[Tensor, "*batch_and_head query_pos"]:
+    """See `BlockSparseTensor.retained_mass`: exp(lse over the kept keys - lse over all keys that the mask allows)."""
+    data, products = _recomputable(pattern)
+    rows = slice(pattern._view.rows.start, pattern._view.rows.stop)
+    mask = data.layout.mask
+    start = None if mask.start is None else mask.start[rows]
+    part = replace(mask, start=start, stop=mask.stop[rows])
+    sink = products.sink
+    if sink is not None and sink.shape[2] > 1:
+        sink = sink[:, :, rows]
+    queries = replace(products, q=products.q[:, :, rows], score_mods=products.shifted_mods(rows.start), sink=sink)
+    layout = data.layout
+    full = BlockLayout.full(part, layout.block_q, layout.block_k, layout.batch, layout.n_heads)
+    _, everything = queries.attend(products.k[..., :0], full, "gather")
+    kept = data.row_lse()[:, :, rows]
+    share = (kept - everything).exp()
+    return pattern.drop_indexed(share.nan_to_num(1.0))  # a row that may read nothing loses nothing
+
+
+@torch.no_grad()
+def exact_rows(pattern: BlockSparseTensor, rows: Sequence[int]) -> Float[Tensor, "batch head_index row key_pos"]:
+    """See `SparseActivationCache.exact_rows`."""
+    data, products = _recomputable(pattern)
+    layout = data.layout
+    n_queries, n_keys = layout.seq_lengths
+    if any(not 0 <= row < n_queries for row in rows):
+        raise IndexError(f"rows were {list(rows)}; expected query positions from 0 to {n_queries - 1}.")
+    index = torch.tensor(list(rows), device=layout.device, dtype=torch.long)
+    batch, head, query_pos, key_pos = torch.meshgrid(
+        torch.arange(layout.batch, device=layout.device),
+        torch.arange(layout.n_heads, device=layout.device),
+        index,
+        torch.arange(n_keys, device=layout.device),
+        indexing="ij",
+    )
+    scores = products.scores_at(*(grid.flatten() for grid in (batch, head, query_pos, key_pos))).view(batch.shape)
+    scores = scores.masked_fill(~layout.mask.allows(batch, query_pos, key_pos), -torch.inf)
+    if products.sink is not None:
+        sink = products.sink.expand(layout.batch, layout.n_heads, n_queries, 1)[:, :, index]
+        return torch.cat([scores, sink.to(scores)], -1).softmax(-1)[..., :-1].nan_to_num(0.0)
+    return scores.softmax(-1).nan_to_num(0.0)
+
+
+def _recomputable(pattern: BlockSparseTensor) -> tuple[PatternData, Products]:
+    data = pattern._selected()
+    if not isinstance(data, PatternData) or not data.is_lazy:
+        raise TypeError("This needs a pattern that can be recomputed from q and k; this one was written to.")
+    return data, data.products

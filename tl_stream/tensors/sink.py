@@ -1,0 +1,88 @@
+"""Attention sinks (GPT-OSS): one learned logit a head joins the softmax as a further key column, then is dropped.
+
+The model does that with `cat`, a stabilising subtraction of the row maximum, softmax and `[..., :-1]`. Here the column stays
+beside the sparse scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_stream.tensors.attention_ops import pattern_of
+from tl_stream.tensors.block_sparse import _METADATA, BlockSparsePattern, BlockSparseScores, function_name
+
+
+class WithSink(Tensor):
+    """Scores or a pattern with one more key column, logically [batch, head_index, query_pos, key_pos + 1]."""
+
+    inner: BlockSparseScores | BlockSparsePattern
+    column: Float[Tensor, "batch head_index query_pos 1"] | None
+
+    @staticmethod
+    def __new__(cls, inner: Any, column: Tensor | None) -> WithSink:
+        """`inner` beside `column` (None: not needed any more)."""
+        shape = (*inner.shape[:-1], inner.shape[-1] + 1)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=inner.dtype, device=inner.device)
+        self.inner, self.column = inner, column
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function_name(func)
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        handler = _HANDLERS.get(name)
+        result = handler(*args, **(kwargs or {})) if handler else NotImplemented
+        if result is NotImplemented:
+            raise TypeError(f"{name}() is not known on sparse attention scores with a sink column; edit them in hook_attn_scores.")
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(f"{func} needs dense attention scores, which are never made.")
+
+
+class _RowMaximum(Tensor):
+    """The maximum of each row, which is only ever subtracted: a softmax doesn't change by that, so it isn't computed."""
+
+
+def cat(tensors: Any, dim: int = 0) -> Any:
+    """`torch.cat([scores, column], dim=-1)`."""
+    if len(tensors) != 2 or dim not in (-1, 3) or not isinstance(tensors[0], BlockSparseScores):
+        return NotImplemented
+    scores, column = tensors
+    if column.shape != (*scores.shape[:-1], 1) or not scores._view.is_whole(scores._data.layout.shape):
+        return NotImplemented
+    return WithSink(scores, column)
+
+
+def _max(scores: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if dim != -1 or not keepdim:
+        return NotImplemented
+    maximum = torch.zeros(1, dtype=scores.dtype, device=scores.device).as_subclass(_RowMaximum)
+    return torch.return_types.max((maximum, torch.zeros(1, dtype=torch.long)))
+
+
+def _sub(scores: Any, maximum: Any) -> Any:
+    return scores if isinstance(maximum, _RowMaximum) else NotImplemented
+
+
+def _softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    if dim not in (-1, 3) or scores.column is None:
+        return NotImplemented
+    return WithSink(pattern_of(scores.inner, dtype or scores.dtype, sink=scores.column), None)
+
+
+def _getitem(tensor: Any, key: Any) -> Any:
+    dropped = key == (..., slice(None, -1)) and tensor.column is None
+    return tensor.inner if dropped else NotImplemented
+
+
+_HANDLERS: dict[str, Callable[..., Any]] = {"max": _max, "sub": _sub, "softmax": _softmax, "getitem": _getitem}
+HANDLERS: dict[str, Callable[..., Any]] = {"cat": cat}

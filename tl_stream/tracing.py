@@ -1,0 +1,139 @@
+"""The context in which a model's attention is sparse, and `run_with_sparse_cache`, a thin wrapper over it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tl_stream.cache import SparseActivationCache
+from tl_stream.config import StreamConfig
+from tl_stream.hosts import host_of, hooked_transformer_class
+from tl_stream.tensors.data import Origin
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What `sparse` yields.
+
+    Attributes:
+        config: The config in force.
+        fallbacks: How often an operation unknown to the sparse tensors was made dense, by its name.
+    """
+
+    config: StreamConfig
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+
+@contextmanager
+def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: int | None = None) -> Iterator[Trace]:
+    """Within this context the model's attention is sparse: `run_with_cache`, `run_with_hooks`, `generate`, all of it.
+
+    Every layer keeps the key blocks that Stream estimates (arXiv:2510.19875); `hook_attn_scores` and `hook_pattern` show
+    `BlockSparseScores` and `BlockSparsePattern`, all other hook points ordinary tensors. The model is afterwards as it was
+    found, also after an exception. Contexts nest: the inner one counts.
+
+    Args:
+        model: A causal HookedTransformer.
+        config: What to keep; None: the defaults.
+        logits_to_keep: Unembed only the last so many positions; None: all.
+
+    Raises:
+        TypeError: The model or the config is of the wrong type.
+        ValueError: The model can't be traced, or the config names layers that it doesn't have. Within the context: an input
+            that is empty or longer than n_ctx, and NaN in q or k.
+    """
+    config = _check_config(config)
+    _check_logits_to_keep(logits_to_keep)
+    host = host_of(model)
+    dense = config.dense_layer_indices(model.cfg.n_layers)
+    trace = Trace(config)
+    with ExitStack() as stack:
+        host.install(model, lambda layer: Origin(config, layer, layer in dense, trace.fallbacks), stack)
+        if logits_to_keep is not None:
+            last = slice(-logits_to_keep, None)
+            handle = model.unembed.register_forward_pre_hook(lambda _, args: (args[0][:, last], *args[1:]))
+            stack.callback(handle.remove)
+        yield trace
+
+
+def run_with_sparse_cache(
+    model: Any,
+    *model_args: Any,
+    config: StreamConfig | None = None,
+    logits_to_keep: int | None = None,
+    return_cache_object: bool = True,
+    remove_batch_dim: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, SparseActivationCache | dict[str, Tensor]]:
+    """`run_with_cache` with sparse attention: the same arguments, the same keys, no T x T tensor.
+
+    Args:
+        model: A causal HookedTransformer (this function is also its method `run_with_sparse_cache`).
+        *model_args: As for `run_with_cache`: tokens `[batch, pos]` or text.
+        config: What to keep; None: the defaults of `StreamConfig`.
+        logits_to_keep: Return the logits of the last so many positions only: `[batch, n, d_vocab]`. None: of all.
+        return_cache_object: False gives a plain dict.
+        remove_batch_dim: Drop the batch dimension (of size 1) in the cache.
+        **kwargs: As for `run_with_cache` (names_filter, device, incl_bwd, pos_slice, stop_at_layer, return_type,
+            past_kv_cache, ...).
+
+    Returns:
+        The model's output, and the cache. Its patterns and scores are sparse: exact for the sparse model.
+
+    Raises:
+        TypeError, ValueError: As `sparse`; also `logits_to_keep` with a loss, which needs all logits.
+    """
+    if logits_to_keep is not None and kwargs.get("return_type") in ("loss", "both"):
+        raise ValueError(
+            f"logits_to_keep was {logits_to_keep} with return_type={kwargs['return_type']!r}; a loss needs all logits. Leave "
+            "logits_to_keep out."
+        )
+    with sparse(model, config, logits_to_keep=logits_to_keep) as trace:
+        output, activations = model.run_with_cache(
+            *model_args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
+        )
+    if not return_cache_object:
+        return output, activations
+    return output, SparseActivationCache(
+        activations, model, has_batch_dim=not remove_batch_dim, config=trace.config, fallbacks=trace.fallbacks
+    )
+
+
+def register() -> None:
+    """Make `run_with_sparse_cache` a method of HookedTransformer, as importing tl_stream does.
+
+    Raises:
+        AttributeError: The class has an attribute of that name that isn't ours.
+    """
+    owner = hooked_transformer_class()
+    if owner is None:
+        return
+    present = getattr(owner, run_with_sparse_cache.__name__, None)
+    if present is not None and getattr(present, "__module__", None) != __name__:
+        raise AttributeError(
+            f"{owner.__name__}.{run_with_sparse_cache.__name__} exists already, from {getattr(present, '__module__', '?')}; "
+            "tl_stream does not overwrite it. Remove it before importing tl_stream."
+        )
+    setattr(owner, run_with_sparse_cache.__name__, run_with_sparse_cache)
+
+
+def _check_config(config: Any) -> StreamConfig:
+    if config is None:
+        return StreamConfig()
+    if not isinstance(config, StreamConfig):
+        raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
+    return config
+
+
+def _check_logits_to_keep(n: Any) -> None:
+    if n is None:
+        return
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"logits_to_keep was {n!r}; expected an int >= 1, or None for all positions.")
+    if n < 1:
+        raise ValueError(f"logits_to_keep was {n}; expected an int >= 1, or None for all positions.")
