@@ -68,5 +68,6 @@ def gap(a: Any, b: Any) -> float:
     """Greatest absolute difference; equal infinities differ by 0, unequal ones by inf."""
     a, b = dense(a), dense(b)
     assert a.shape == b.shape, (a.shape, b.shape)
+    a, b = (x if x.is_floating_point() else x.double() for x in (a, b))
     difference = torch.where(a == b, torch.zeros_like(a), (a - b).abs())
     return difference.nan_to_num(nan=torch.inf).max().item() if a.numel() else 0.0

@@ -93,7 +93,10 @@ def run_with_sparse_cache(
             f"logits_to_keep was {logits_to_keep} with return_type={kwargs['return_type']!r}; a loss needs all logits. Leave "
             "logits_to_keep out."
         )
-    with sparse(model, config, logits_to_keep=logits_to_keep) as trace:
+    with (
+        sparse(model, config, logits_to_keep=logits_to_keep) as trace,
+        host_of(model).unchanged_on_error(kwargs.get("past_kv_cache")),
+    ):
         output, activations = model.run_with_cache(
             *model_args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.abstract_attention import AbstractAttention
 
 from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
@@ -37,6 +38,23 @@ def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) ->
     stack.enter_context(first_hook(model.hook_embed, partial(_check_length, n_ctx=model.cfg.n_ctx)))
     for layer, block in enumerate(model.blocks):
         _install_attention(block.attn, origin_of(layer), stack)
+
+
+@contextmanager
+def unchanged_on_error(past_kv_cache: TransformerLensKeyValueCache | None) -> Iterator[None]:
+    """What an interrupted run appended to a KV cache is taken back."""
+    if past_kv_cache is None:
+        yield
+        return
+    before = [(entry, entry.past_keys, entry.past_values) for entry in past_kv_cache.entries]
+    attention_mask = past_kv_cache.previous_attention_mask
+    try:
+        yield
+    except BaseException:
+        for entry, keys, values in before:
+            entry.past_keys, entry.past_values = keys, values
+        past_kv_cache.previous_attention_mask = attention_mask
+        raise
 
 
 def _install_attention(attn: AbstractAttention, origin: Origin, stack: ExitStack) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_stream.tensors import gradients
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData, ScoresData, block_softmax
+from tl_stream.tensors.data import BlockData, Origin, PatternData, ScoresData, block_softmax
 
 
 def softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
@@ -48,11 +48,21 @@ def matmul(pattern: Any, v: Any) -> Any:
         full = full.unsqueeze(0)
     if full.dim() > 4:
         return NotImplemented
+    check_numbers("v", v, data.origin)
     full = full.expand(*shape[:2], *full.shape[-2:])
     z = gradients.weigh(data, full)
     rows = pattern._view.rows
     z = pattern.drop_indexed(z[:, :, rows.start : rows.stop]).to(torch.promote_types(pattern.dtype, v.dtype))
     return z.detach() if pattern._detached and not v.requires_grad else z
+
+
+def check_numbers(name: str, x: Tensor, origin: Origin) -> None:
+    """Raise ValueError where x holds NaN."""
+    if bool(x.isnan().any()):
+        raise ValueError(
+            f"{name} of layer {origin.layer} holds NaN; expected numbers. Look for NaN in the weights, in the input, or in what "
+            "a hook returned."
+        )
 
 
 HANDLERS = {"softmax": softmax, "matmul": matmul, "bmm": matmul}

@@ -119,6 +119,10 @@ def _clone(tensor: Any, *, memory_format: Any = None) -> Any:
     return type(tensor)(tensor._data.fork(), tensor._view, tensor.dtype, tensor._detached)
 
 
+def _deepcopy(tensor: Any, memo: dict[int, Any]) -> Any:
+    return memo.setdefault(id(tensor), _clone(tensor))
+
+
 def _convert(name: str) -> Handler:
     """`.to`, `.float`, `.cpu` and the like."""
 
@@ -150,6 +154,7 @@ _HANDLERS: dict[str, Handler] = {
     "index_select": _by_coordinates("index_select"),
     "detach": _detach,
     "clone": _clone,
+    "deepcopy": _deepcopy,
     "contiguous": _same_data,
     **{name: _convert(name) for name in _CONVERSIONS},
     **attention_ops.HANDLERS,

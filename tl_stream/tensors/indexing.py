@@ -127,7 +127,7 @@ def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor)
                 f"A sparse tensor of shape {tuple(value.shape)} can't be written to {key!r} of one of shape "
                 f"{tuple(tensor.shape)}: expected whole rows of equal number. Index both to the same shape first."
             )
-        return _write_entries(tensor, key, dense, extend=True)
+        return _write_entries(tensor, key, dense, extend=value.fill == tensor.fill)
     source = value._narrow_layout()
     indices, used = source.rows()
     rows, data = target._view.rows, tensor._data

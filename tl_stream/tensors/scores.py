@@ -15,7 +15,7 @@ from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Alibi, Bias, Scale, ScoreMod, Tanh
 from tl_stream.tensors.alibi import AlibiBias
-from tl_stream.tensors.attention_ops import softmax
+from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import _METADATA, BlockSparseScores, function_name
 from tl_stream.tensors.data import Origin, Products, ScoresData
 
@@ -83,12 +83,8 @@ class AttentionScores(Tensor):
         if self.mask is None:
             raise ValueError("mask: no causal mask was applied to the attention scores; bidirectional attention is not supported.")
         products, config = self.products, self.origin.config
-        for name, x in (("q", products.q), ("k", products.k)):
-            if bool(x.isnan().any()):
-                raise ValueError(
-                    f"{name} of layer {self.origin.layer} holds NaN; expected numbers. Look for NaN in the weights, in the "
-                    "input, or in what a hook returned."
-                )
+        check_numbers("q", products.q, self.origin)
+        check_numbers("k", products.k, self.origin)
         if self.origin.dense:
             layout = BlockLayout.full(self.mask, config.block_q, config.block_k, *products.q.shape[:2])
         else:
