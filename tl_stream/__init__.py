@@ -1,5 +1,6 @@
 """tl_stream: attention in long contexts, traced sparsely inside TransformerLens (Stream, arXiv:2510.19875)."""
 
+from tl_stream import models, tasks
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
@@ -15,8 +16,10 @@ __all__ = [
     "SparseActivationCache",
     "StreamConfig",
     "estimate_layout",
+    "models",
     "run_with_sparse_cache",
     "sparse",
+    "tasks",
 ]
 
 register()

@@ -62,9 +62,9 @@ class Chunk:
         return x.flatten(2, 3)[:, :, : self.stop - self.start]
 
 
-def chunks(layout: BlockLayout, entries: int = CHUNK_ENTRIES) -> Iterator[Chunk]:
-    """All query rows, in chunks of about `entries` scores over batch and heads."""
-    yield from (_full_chunks if layout.is_full else _kept_chunks)(layout, entries)
+def chunks(layout: BlockLayout) -> Iterator[Chunk]:
+    """All query rows, in chunks of about `CHUNK_ENTRIES` scores over batch and heads."""
+    yield from (_full_chunks if layout.is_full else _kept_chunks)(layout, CHUNK_ENTRIES)
 
 
 def whole(layout: BlockLayout) -> Chunk:

@@ -105,7 +105,9 @@ def _estimator(problem: Problem, config: StreamConfig) -> tuple[Masses, int]:
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(hierarchical_masses, fullgraph=True)
+    """One compilation a kind of mask and a power of two of key blocks; torch's own limit of 8 is too low for that."""
+    compiled = torch.compile(hierarchical_masses, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=64)(compiled)
 
 
 def _rows_per_chunk(problem: Problem, candidates: int) -> int:
