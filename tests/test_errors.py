@@ -60,7 +60,7 @@ def test_tokens_longer_than_n_ctx() -> None:
 
 
 def test_text_longer_than_n_ctx_is_not_cut() -> None:
-    model = tl_stream.models.load(host="hooked")
+    model: Any = tl_stream.models.load(host="hooked")
     text = "the grass is green . " * (model.cfg.n_ctx // 5 + 10)
     with pytest.raises(ValueError, match="more than the model's n_ctx"):
         model.run_with_sparse_cache(text)

@@ -117,8 +117,7 @@ def test_every_choice_is_well_formed(length: int, estimator: str) -> None:
     assert layout.kv_num_blocks is not None
     assert torch.equal(blocks.sum(-1), layout.kv_num_blocks.long())
     available = torch.arange(1, blocks.shape[2] + 1).clamp(max=4)
-    expected = available if estimator != "window" else available
-    assert (layout.kv_num_blocks == expected).all()
+    assert (layout.kv_num_blocks == available).all()
     slots = torch.arange(4) < layout.kv_num_blocks[..., None]
     ascending = layout.kv_indices[..., 1:] > layout.kv_indices[..., :-1]
     assert (ascending | ~slots[..., 1:]).all()

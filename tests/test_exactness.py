@@ -143,7 +143,7 @@ def _outputs(output: Any) -> list[Any]:
 
 @torch.no_grad()
 def test_text_input() -> None:
-    model = tl_stream.models.load(host="hooked")
+    model: Any = tl_stream.models.load(host="hooked")
     text = ["the grass is green .", "the sky is blue . the sun is yellow ."]
     for options in ({}, {"prepend_bos": False}, {"padding_side": "left"}):
         expected, _ = model.run_with_cache(text, **options)

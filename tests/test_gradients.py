@@ -33,7 +33,7 @@ def test_incl_bwd(variant: str) -> None:
         if name.endswith(("hook_pattern_grad", "hook_attn_scores_grad")):
             a = a * cache.block_layout(int(name.split(".")[1])).to_dense()
             assert a.abs().max() > 1e-6
-        assert gap(a, b) < 1e-12 or "attn_scores" in name and gap(a, b) < 1e-10, name
+        assert gap(a, b) < 1e-12 or ("attn_scores" in name and gap(a, b) < 1e-10), name
     assert not cache.fallbacks
 
 

@@ -55,8 +55,9 @@ def test_layout_equals_brute_force(case: tuple[int, int, int | None, bool, int],
     kept = torch.rand(2, 3, nq, nk, generator=generator) < slots / 4
     layout = from_blocks(kept, mask, bq, bk)
     assert torch.equal(layout.to_block_dense(), kept)
-    expected = brute_force(queries, keys, window, valid)[:, None] & (
-        kept.repeat_interleave(bq, 2).repeat_interleave(bk, 3)[:, :, :queries, :keys]
+    expected = (
+        brute_force(queries, keys, window, valid)[:, None]
+        & (kept.repeat_interleave(bq, 2).repeat_interleave(bk, 3)[:, :, :queries, :keys])
     )
     assert torch.equal(layout.to_dense(), expected)
     assert layout.n_kept_pairs == int(expected.sum())

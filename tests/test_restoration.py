@@ -64,7 +64,7 @@ def test_the_model_is_restored(variant: str, hook: Callable[..., None] | None, e
         model.run_with_sparse_cache(text, config=CONFIG)
     else:
         for point in ("blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores", "blocks.2.hook_resid_pre"):
-            with pytest.raises(error), model.hooks(fwd_hooks=[(point, hook)]):  # type: ignore[list-item]
+            with pytest.raises(error), model.hooks(fwd_hooks=[(point, hook)]):
                 model.run_with_sparse_cache(text, config=CONFIG, logits_to_keep=1)
     assert_same_state(before, state(model))
     assert gap(model(text), expected) == 0
@@ -130,7 +130,7 @@ def test_reset_hooks_does_not_end_the_tracing() -> None:
 
 
 def test_importing_registers_the_method_and_nothing_else() -> None:
-    assert HookedTransformer.run_with_sparse_cache is tl_stream.run_with_sparse_cache
+    assert vars(HookedTransformer)["run_with_sparse_cache"] is tl_stream.run_with_sparse_cache
     tl_stream.register()
     added = {name for name, value in vars(HookedTransformer).items() if "tl_stream" in str(getattr(value, "__module__", ""))}
     assert added == {"run_with_sparse_cache"}
@@ -142,4 +142,4 @@ def test_registering_refuses_to_overwrite(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(HookedTransformer, "run_with_sparse_cache", theirs)
     with pytest.raises(AttributeError, match=r"exists already.*does not overwrite it"):
         tl_stream.register()
-    assert HookedTransformer.run_with_sparse_cache is theirs
+    assert vars(HookedTransformer)["run_with_sparse_cache"] is theirs

@@ -176,8 +176,8 @@ def augmented_column(p: Any) -> None:
 
 
 WRITES = [
-    zero_slice, scale_rows, chained, column_zero, row_of_view, part_of_row, in_place_method, masked_fill_in_place, diagonal_zero,
-    through_detach, copy_head, augmented_column,
+    zero_slice, scale_rows, chained, column_zero, row_of_view, part_of_row, in_place_method, masked_fill_in_place,
+    diagonal_zero, through_detach, copy_head, augmented_column,
 ]  # fmt: skip
 
 
@@ -264,7 +264,8 @@ def test_a_large_dense_window_raises_with_its_size(cache: SparseActivationCache,
 
 
 def test_what_a_pattern_tells_about_itself(cache: SparseActivationCache) -> None:
-    pattern, scores = cache["pattern", 1], cache["attn_scores", 1]
+    pattern: Any = cache["pattern", 1]
+    scores: Any = cache["attn_scores", 1]
     assert isinstance(pattern, Tensor)
     assert isinstance(pattern, BlockSparsePattern)
     assert isinstance(scores, BlockSparseScores)
@@ -276,8 +277,9 @@ def test_what_a_pattern_tells_about_itself(cache: SparseActivationCache) -> None
     assert "layer=1" in text
     assert "lazy" in text
     assert "pruned=0." in text
-    assert "full" in repr(StreamConfig(k=1000)) or "full" in repr(pattern.block_layout.__class__.full(
-        pattern.block_layout.mask, 8, 8, 2, 4))
+    assert "full" in repr(StreamConfig(k=1000)) or "full" in repr(
+        pattern.block_layout.__class__.full(pattern.block_layout.mask, 8, 8, 2, 4)
+    )
     assert text == f"{pattern}"
 
 

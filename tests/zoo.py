@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(variant: str = "gqa", dtype: torch.dtype = torch.float64, **overrides: Any) -> HookedTransformer:
+def build(variant: str = "gqa", dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """A 3-layer model of 4 heads with n_ctx 128; weights large enough for attention to be far from uniform."""
     settings: dict[str, Any] = {
         "n_layers": 3, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 48, "n_ctx": 128, "d_vocab": 40,
@@ -50,7 +50,7 @@ def tokens(length: int = 61, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def mask_hooks(cache: SparseActivationCache) -> list[tuple[str, Callable[..., Any]]]:
+def mask_hooks(cache: SparseActivationCache) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
     """Hooks that make a dense model the masked one that a sparse run should equal."""
     keep = {layer: cache.block_layout(layer).to_dense() for layer in cache.patterns}
 

@@ -40,6 +40,10 @@ class SparseActivationCache(ActivationCache):
         self.config = config
         self.fallbacks: Counter[str] = Counter() if fallbacks is None else fallbacks
 
+    def __getitem__(self, key: Any) -> Any:
+        """As `ActivationCache`: a name, or a tuple such as `("pattern", layer)`."""
+        return super().__getitem__(key)
+
     @property
     def patterns(self) -> dict[int, BlockSparseTensor]:
         """The cached patterns by layer."""
@@ -72,9 +76,7 @@ class SparseActivationCache(ActivationCache):
         pairs = sum(layout.n_pairs for layout in layouts)
         return 1.0 - sum(layout.n_kept_pairs for layout in layouts) / pairs if pairs else 0.0
 
-    def exact_rows(
-        self, layer: int, rows: Sequence[int]
-    ) -> Float[Tensor, "batch head_index row key_pos"]:
+    def exact_rows(self, layer: int, rows: Sequence[int]) -> Float[Tensor, "batch head_index row key_pos"]:
         """Rows of the full softmax of this run's own q and k: what the pattern would have been with nothing pruned.
 
         Not the dense model's pattern: its q and k differ once an earlier layer was pruned. O(T) a row and head.

@@ -70,17 +70,15 @@ class StreamConfig:
             ValueError: A layer index that the model does not have.
         """
         if isinstance(self.dense_layers, int):
-            layers = range(self.dense_layers)
-            too_many = self.dense_layers > n_layers
+            layers = frozenset(range(self.dense_layers))
         else:
-            layers = self.dense_layers
-            too_many = any(layer >= n_layers for layer in layers)
-        if too_many:
+            layers = frozenset(self.dense_layers)
+        if any(layer >= n_layers for layer in layers):
             raise ValueError(
                 f"dense_layers was {self.dense_layers!r}, but the model has {n_layers} layers; expected at most "
                 f"{n_layers} first layers (an int) or indices from 0 to {n_layers - 1} (a tuple)."
             )
-        return frozenset(layers)
+        return layers
 
     def _check_dense_layers(self) -> None:
         if isinstance(self.dense_layers, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -92,10 +93,7 @@ class BlockLayout:
         """The same layout on another device."""
         if self.device == torch.device(device):
             return self
-        move = (lambda x: None if x is None else x.to(device))
-        return replace(
-            self, kv_indices=move(self.kv_indices), kv_num_blocks=move(self.kv_num_blocks), mask=self.mask.to(device)
-        )
+        return self._with_indices(lambda indices: indices.to(device), self.mask.to(device))
 
     def rows(
         self, start: int = 0, stop: int | None = None
@@ -128,16 +126,14 @@ class BlockLayout:
         placed = self.mask.place(batch, self.key_positions(start, stop))
         return placed.masked_fill(~used.repeat_interleave(self.block_k, -1), NEVER)
 
-    def allowed(
-        self, start: int = 0, stop: int | None = None
-    ) -> Bool[Tensor, "batch head_index q_block block_q key"]:
+    def allowed(self, start: int = 0, stop: int | None = None) -> Bool[Tensor, "batch head_index q_block block_q key"]:
         """Which entries of the kept blocks the mask allows; block padding and unused slots are False."""
         first, last = self.mask.bounds(self.query_positions(start, stop)[:, :, None])
         return within(self.placed_keys(start, stop)[:, :, :, None], first, last)
 
     def find(
         self, batch: Tensor, head: Tensor, q_block: Tensor, kv_block: Tensor
-    ) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
+    ) -> tuple[Int[Tensor, ...], Bool[Tensor, ...]]:
         """The slot in which each key block is kept, and whether it is kept; the index tensors broadcast."""
         if self.kv_indices is None:
             slot = kv_block.expand(torch.broadcast_shapes(batch.shape, head.shape, q_block.shape, kv_block.shape))
@@ -226,23 +222,14 @@ class BlockLayout:
         used = torch.arange(extra.shape[-1], device=self.device) < counts[:, None]
         rows = (self.batch, self.n_heads, self.n_q_blocks, -1)
         indices, mine = self.rows()
-        return self._from_candidates(
-            torch.cat([indices, extra.view(rows)], -1), torch.cat([mine, used.view(rows)], -1)
-        )
+        return self._from_candidates(torch.cat([indices, extra.view(rows)], -1), torch.cat([mine, used.view(rows)], -1))
 
     def select(self, texts: Int[Tensor, " batch"], heads: Int[Tensor, " head_index"]) -> BlockLayout:
         """The layout of some batch elements and heads."""
         valid = self.mask.key_valid
         mask = self.mask if valid is None else replace(self.mask, key_valid=valid[texts])
-        pick = (lambda x: None if x is None else x[texts][:, heads])
-        return replace(
-            self,
-            kv_indices=pick(self.kv_indices),
-            kv_num_blocks=pick(self.kv_num_blocks),
-            mask=mask,
-            batch=len(texts),
-            n_heads=len(heads),
-        )
+        part = self._with_indices(lambda indices: indices[texts][:, heads], mask)
+        return replace(part, batch=len(texts), n_heads=len(heads))
 
     def __repr__(self) -> str:
         batch, heads, queries, keys = self.shape
@@ -251,6 +238,11 @@ class BlockLayout:
             f"BlockLayout(batch={batch}, heads={heads}, query_pos={queries}, key_pos={keys}, "
             f"block_q={self.block_q}, block_k={self.block_k}, {kept}, pruned={self.pruned:.4f})"
         )
+
+    def _with_indices(self, change: Callable[[Tensor], Tensor], mask: AttentionMask) -> BlockLayout:
+        if self.kv_indices is None or self.kv_num_blocks is None:
+            return replace(self, mask=mask)
+        return replace(self, kv_indices=change(self.kv_indices), kv_num_blocks=change(self.kv_num_blocks), mask=mask)
 
     def _from_candidates(self, indices: Tensor, used: Tensor) -> BlockLayout:
         """A layout that keeps the used `indices`, sorted and without repetition."""

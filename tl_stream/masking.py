@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-
 NEVER = 2**31 - 1  # a key position that no query may read
 
 
@@ -86,34 +85,30 @@ class AttentionMask:
         valid = key_valid if self.key_valid is None else self.key_valid & key_valid
         return AttentionMask(self.start, self.stop, self.key_length, valid)
 
-    def bounds(
-        self, query_pos: Int[Tensor, "*shape"]
-    ) -> tuple[Int[Tensor, "*shape"] | None, Int[Tensor, "*shape"]]:
+    def bounds(self, query_pos: Int[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"] | None, Int[Tensor, "*shape"]]:
         """First key and one past the last key of each query; a query past the end may read nothing."""
         row = query_pos.clamp(max=self.query_length - 1)
         stop = self.stop[row].masked_fill(query_pos >= self.query_length, 0)
         return None if self.start is None else self.start[row], stop
 
-    def place(self, batch: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    def place(self, batch: Int[Tensor, ...], key_pos: Int[Tensor, ...]) -> Int[Tensor, ...]:
         """`key_pos` as int32, with `NEVER` for padding and past the end; the index tensors broadcast."""
         hidden = key_pos >= self.key_length
         if self.key_valid is not None:
             hidden = hidden | ~self.key_valid[batch, key_pos.clamp(max=self.key_length - 1)]
         return torch.where(hidden, NEVER, key_pos.int())
 
-    def allows(
-        self, batch: Int[Tensor, "..."], query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]
-    ) -> Bool[Tensor, "..."]:
+    def allows(self, batch: Int[Tensor, ...], query_pos: Int[Tensor, ...], key_pos: Int[Tensor, ...]) -> Bool[Tensor, ...]:
         """Whether each pair may attend; the index tensors broadcast. Indices past either end are not allowed."""
         return within(self.place(batch, key_pos), *self.bounds(query_pos))
 
     def counts(
         self,
-        batch: Int[Tensor, "..."],
-        query_pos: Int[Tensor, "..."],
-        first_key: Int[Tensor, "..."],
-        last_key: Int[Tensor, "..."],
-    ) -> Int[Tensor, "..."]:
+        batch: Int[Tensor, ...],
+        query_pos: Int[Tensor, ...],
+        first_key: Int[Tensor, ...],
+        last_key: Int[Tensor, ...],
+    ) -> Int[Tensor, ...]:
         """How many keys of `first_key <= j < last_key` each query may read; the index tensors broadcast."""
         start, stop = self.bounds(query_pos)
         low = first_key if start is None else torch.maximum(first_key, start)
@@ -132,8 +127,6 @@ class AttentionMask:
         return int(everything.expand(batch, -1).sum())
 
 
-def within(
-    placed: Int[Tensor, "..."], start: Int[Tensor, "..."] | None, stop: Int[Tensor, "..."]
-) -> Bool[Tensor, "..."]:
+def within(placed: Int[Tensor, ...], start: Int[Tensor, ...] | None, stop: Int[Tensor, ...]) -> Bool[Tensor, ...]:
     """`start <= placed < stop`, on what `AttentionMask.place` and `AttentionMask.bounds` give."""
     return placed < stop if start is None else (placed < stop) & (placed >= start)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
 # (score, batch, head, query_pos, key_pos) -> score; the index tensors broadcast to the shape of the scores.
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -65,9 +64,7 @@ class Bias:
         return score + self.bias[tuple(inside)].to(score)
 
 
-def apply(
-    mods: Sequence[ScoreMod], score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor
-) -> Tensor:
+def apply(mods: Sequence[ScoreMod], score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
     """All of `mods` in turn."""
     for mod in mods:
         score = mod(score, batch, head, query_pos, key_pos)

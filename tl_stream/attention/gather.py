@@ -83,7 +83,7 @@ class _GatherAttention(torch.autograd.Function):
     """Keeps q, k, v and the layout only; the backward pass recomputes chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sink, layout, scale, score_mods):  # type: ignore[override]
+    def forward(ctx, q, k, v, sink, layout, scale, score_mods):
         ctx.save_for_backward(q, k, v, sink)
         ctx.layout, ctx.scale, ctx.score_mods = layout, scale, score_mods
         k, v = cut_keys(k, layout), cut_keys(v, layout)
@@ -98,15 +98,15 @@ class _GatherAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_z, grad_lse):  # type: ignore[override]
+    def backward(ctx, grad_z, grad_lse):
         q, k, v, sink = ctx.saved_tensors
         keys, values = cut_keys(k, ctx.layout), cut_keys(v, ctx.layout)
         grads = [torch.zeros_like(x, dtype=_wide(x)) for x in (q, keys, values, sink)]
         for chunk in chunks(ctx.layout):
             inputs = (chunk.cut_queries(q), select_keys(chunk, keys), select_keys(chunk, values), sink)
             with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in inputs]
-                outputs = _attend(chunk, *leaves, ctx)
+                q_rows, keys_kept, values_kept, logit = leaves = [x.detach().requires_grad_() for x in inputs]
+                outputs = _attend(chunk, q_rows, keys_kept, values_kept, logit, ctx)
             outer = chunk.cut_queries(grad_z), chunk.cut_queries(grad_lse)
             parts = torch.autograd.grad(outputs, leaves, outer, materialize_grads=True)
             grads[0][:, :, chunk.start : chunk.stop] = chunk.join_queries(parts[0])

@@ -32,15 +32,14 @@ def reference_attention(
     return (pattern @ v.to(pattern)).to(q.dtype), with_sink.logsumexp(-1)
 
 
-def masked_scores(
-    q: Tensor, k: Tensor, layout: BlockLayout, *, scale: float, score_mods: Sequence[ScoreMod]
-) -> Tensor:
+def masked_scores(q: Tensor, k: Tensor, layout: BlockLayout, *, scale: float, score_mods: Sequence[ScoreMod]) -> Tensor:
     """Scores `[batch, head_index, query_pos, key_pos]`, `-inf` where the layout keeps nothing."""
     wide = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
     batch, head, rows, keys = torch.meshgrid(
-        *(torch.arange(n, device=q.device) for n in layout.shape), indexing="ij", 
+        *(torch.arange(n, device=q.device) for n in layout.shape),
+        indexing="ij",
     )
     scores = score_mod.apply(score_mods, scores, batch, head, rows, keys)
     return scores.masked_fill(~layout.to_dense(), -torch.inf)

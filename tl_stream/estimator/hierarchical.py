@@ -65,18 +65,18 @@ def _mean_query(problem: Problem, query_pos: Tensor) -> Float[Tensor, "batch hea
     return queries.sum(3) / inside.sum(-1)[:, None]
 
 
-def _start(problem: Problem, levels: list[Level], width: int) -> tuple[Tensor, Bool[Tensor, "..."], int]:
+def _start(problem: Problem, levels: list[Level], width: int) -> tuple[Tensor, Bool[Tensor, ...], int]:
     """All nodes of the finest level that has at most 2 W of them."""
-    level = next(i for i, nodes in enumerate(levels) if nodes.count.shape[1] <= 2 * width)
-    nodes = torch.arange(levels[level].count.shape[1], device=problem.keys.device).expand(*problem.shape, -1)
+    level = next(i for i, nodes in enumerate(levels) if nodes.n_keys.shape[1] <= 2 * width)
+    nodes = torch.arange(levels[level].n_keys.shape[1], device=problem.keys.device).expand(*problem.shape, -1)
     return nodes, _in_range(problem, levels[level], level, nodes), level
 
 
-def _in_range(problem: Problem, nodes_of: Level, level: int, nodes: Tensor) -> Bool[Tensor, "..."]:
+def _in_range(problem: Problem, nodes_of: Level, level: int, nodes: Tensor) -> Bool[Tensor, ...]:
     """Whether a node holds a key that some query of the block may read."""
     size = problem.block_k << level
     inside = (nodes * size < problem.last_key[:, None]) & ((nodes + 1) * size > problem.first_key[:, None])
-    return inside & (nodes_of.count[problem.batch_index, nodes] > 0)
+    return inside & (nodes_of.n_keys[problem.batch_index, nodes] > 0)
 
 
 def _keep_best(

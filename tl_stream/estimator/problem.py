@@ -95,7 +95,7 @@ class Problem(NamedTuple):
 
     def select(self, x: Float[Tensor, "batch kv_head_index node *rest"], nodes: Tensor) -> Tensor:
         """Rows of `x` by query head: `[batch, head_index, q_block, c, *rest]` for nodes `[batch, head_index, q_block, c]`."""
-        batch, kv_heads, n_nodes = x.shape[:3]
+        _, kv_heads, n_nodes = x.shape[:3]
         kv_head = self.head_index[None] // (nodes.shape[1] // kv_heads)
         flat = (self.batch_index * kv_heads + kv_head) * n_nodes + nodes
         return x.flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, nodes.shape)
@@ -109,7 +109,7 @@ class Problem(NamedTuple):
 
 
 def block_masses(
-    problem: Problem, query_pos: Int[Tensor, "q_block block_q"], blocks: Tensor, used: Bool[Tensor, "..."]
+    problem: Problem, query_pos: Int[Tensor, "q_block block_q"], blocks: Tensor, used: Bool[Tensor, ...]
 ) -> Float[Tensor, "batch head_index q_block candidate"]:
     """The share of each query block's attention that each candidate key block holds, among the candidates.
 

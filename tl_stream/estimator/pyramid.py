@@ -17,13 +17,13 @@ class Level(NamedTuple):
         centroid: Mean of the valid keys of each node, `[batch, kv_head_index, node, d_head]`.
         low: Elementwise least valid key; 0 where a node has none.
         high: Elementwise greatest valid key; 0 where a node has none.
-        count: Number of valid keys, `[batch, node]`.
+        n_keys: Number of valid keys, `[batch, node]`.
     """
 
     centroid: Float[Tensor, "batch kv_head_index node d_head"]
     low: Float[Tensor, "batch kv_head_index node d_head"]
     high: Float[Tensor, "batch kv_head_index node d_head"]
-    count: Int[Tensor, "batch node"]
+    n_keys: Int[Tensor, "batch node"]
 
 
 def to_blocks(x: Float[Tensor, "batch heads pos d_head"], block: int) -> Float[Tensor, "batch heads n block d_head"]:

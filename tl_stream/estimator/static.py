@@ -8,9 +8,7 @@ from torch import Tensor
 
 from tl_stream.estimator.problem import Problem
 
-Candidates = tuple[
-    Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]
-]
+Candidates = tuple[Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]]
 
 
 def window_masses(problem: Problem, k: int) -> Candidates:

@@ -1,7 +1,7 @@
 """What differs between the kinds of models that TransformerLens has: where the seam is, and where masks come from.
 
-A host is a module with `why_not(model)`, `install(model, origin_of, stack)` and `unchanged_on_error(past_kv_cache)`. `HookedTransformer` has one; the place of
-TransformerBridge's is beside it.
+A host is a module with `why_not(model)`, `install(model, origin_of, stack)` and `unchanged_on_error(past_kv_cache)`.
+HookedTransformer has one; the place of TransformerBridge's is beside it.
 """
 
 from __future__ import annotations

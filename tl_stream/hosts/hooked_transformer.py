@@ -19,7 +19,6 @@ from tl_stream.tensors.data import Origin
 from tl_stream.tensors.gradients import watch
 from tl_stream.tensors.scores import AttentionScores, CaptureProduct
 
-
 _ANY_LENGTH = 2**20
 
 
@@ -81,7 +80,9 @@ def _apply_mask(
     assert isinstance(attn_scores, AttentionScores)
     n_queries, n_keys = attn_scores.shape[-2:]
     if n_queries + past_kv_pos_offset != n_keys:
-        raise ValueError(f"past_kv_pos_offset was {past_kv_pos_offset}; expected {n_keys - n_queries}, the keys before the queries.")
+        raise ValueError(
+            f"past_kv_pos_offset was {past_kv_pos_offset}; expected {n_keys - n_queries}, the keys before the queries."
+        )
     window = attn.cfg.window_size if attn.attn_type == "local" else None
     valid = None if attention_mask is None else attention_mask.bool().to(attn_scores.device)
     mask = AttentionMask.causal(n_queries, n_keys, window=window, key_valid=valid, device=attn_scores.device)
@@ -115,6 +116,6 @@ def _check_length(x: Tensor, hook: Any, n_ctx: int) -> None:
         raise ValueError(f"tokens were of shape {[batch, length]}; expected at least one text of at least one token.")
     if length > n_ctx:
         raise ValueError(
-            f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. Shorten the text, "
-            "or load the model with a larger n_ctx."
+            f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. "
+            "Shorten the text, or load the model with a larger n_ctx."
         )

@@ -35,5 +35,5 @@ class AlibiBias(Tensor):
         return NotImplemented
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} needs the dense ALiBi bias, which is never made while tl_stream traces.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -60,9 +61,9 @@ def check_numbers(name: str, x: Tensor, origin: Origin) -> None:
     """Raise ValueError where x holds NaN."""
     if bool(x.isnan().any()):
         raise ValueError(
-            f"{name} of layer {origin.layer} holds NaN; expected numbers. Look for NaN in the weights, in the input, or in what "
-            "a hook returned."
+            f"{name} of layer {origin.layer} holds NaN; expected numbers. Look for NaN in the weights, in the input, or in "
+            "what a hook returned."
         )
 
 
-HANDLERS = {"softmax": softmax, "matmul": matmul, "bmm": matmul}
+HANDLERS: dict[str, Callable[..., Any]] = {"softmax": softmax, "matmul": matmul, "bmm": matmul}

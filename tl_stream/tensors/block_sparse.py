@@ -58,7 +58,7 @@ class BlockSparseTensor(Tensor):
         return run(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(
             f"{func} reached a {cls.__name__} below torch's Python interface (as .T, .data, torch.tensor(x) and vmap do); "
             "it holds only kept blocks. Call .to_dense() first, or .detach()/.clone() where you used .data."
@@ -84,7 +84,9 @@ class BlockSparseTensor(Tensor):
         values = self.shown_values().flatten(2, 3)
         return self.drop_indexed(values[:, :, self._view.rows.start : self._view.rows.stop])
 
-    def to_dense(self) -> Shaped[Tensor, "*batch_and_head query_pos key_pos"]:
+    def to_dense(  # type: ignore[override]
+        self,
+    ) -> Shaped[Tensor, "*batch_and_head query_pos key_pos"]:
         """An ordinary tensor. Makes every entry: batch x head x query_pos x key_pos of them.
 
         Raises:
@@ -129,7 +131,7 @@ class BlockSparseTensor(Tensor):
         detached = self._detached if detached is None else detached
         return type(self)(self._data, view or self._view, dtype or self.dtype, detached)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "lazy" if self._data.is_lazy else "values"
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self._data.origin.layer}, "

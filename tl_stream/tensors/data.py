@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_stream import score_mod
 from tl_stream.attention import sparse_attention
-from tl_stream.attention.gather import block_scores, weigh_values
+from tl_stream.attention.gather import block_scores
 from tl_stream.config import StreamConfig
 from tl_stream.layout import BlockLayout
 from tl_stream.score_mod import FromRow, OnSubset, ScoreMod

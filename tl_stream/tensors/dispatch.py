@@ -162,4 +162,3 @@ _HANDLERS: dict[str, Handler] = {
     **gradients.HANDLERS,
     **sink.HANDLERS,
 }
-

@@ -33,12 +33,12 @@ class _KeepAlive(torch.autograd.Function):
     """The identity; its node in the graph holds the tap, so that a cached pattern need not hold the graph."""
 
     @staticmethod
-    def forward(ctx, z, tap):  # type: ignore[override]
+    def forward(ctx, z, tap):
         ctx.tap = tap
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         return grad, None
 
 
@@ -121,8 +121,8 @@ def _leaf(data: BlockData) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     tap = data.tap() if data.tap is not None else None
     if tap is None:
         raise RuntimeError(
-            "This sparse tensor is not part of a graph (any more): run the model with gradients enabled, keep the output alive, "
-            "and take the gradient of something that was computed from it."
+            "This sparse tensor is not part of a graph (any more): run the model with gradients enabled, keep the "
+            "output alive, and take the gradient of something that was computed from it."
         )
     return tap.z, lambda grad: value_products(grad, tap.v, data.layout)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.view import Selection
+from tl_stream.tensors.view import Selection, View
 
 MAX_WINDOW = 2**24
 
@@ -111,7 +111,8 @@ def _write_entries(tensor: BlockSparseTensor, key: Any, value: Any, extend: bool
     if not bool(kept.any()):
         return
     values = data.block_values()
-    at = data.locate(*(x[kept] for x in coordinates), slot[kept])
+    batch, head, query_pos, key_pos = (x[kept] for x in coordinates)
+    at = data.locate(batch, head, query_pos, key_pos, slot[kept])
     data.values = values.index_put(at, source[kept].to(values.dtype))
 
 
@@ -119,41 +120,44 @@ def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor)
     """The rows of another sparse tensor, with the blocks that it keeps."""
     selection = tensor._view.index(key)
     view = None if selection is None else selection.as_view(tensor.shape[-1])
-    target = None if view is None else tensor.alias(view)
-    if target is None or target.shape != value.shape or value.fill != tensor.fill:
-        dense = value.to_dense() if value.numel() <= MAX_WINDOW else None
-        if dense is None:
-            raise ValueError(
-                f"A sparse tensor of shape {tuple(value.shape)} can't be written to {key!r} of one of shape "
-                f"{tuple(tensor.shape)}: expected whole rows of equal number. Index both to the same shape first."
-            )
-        return _write_entries(tensor, key, dense, extend=value.fill == tensor.fill)
+    if selection is not None and view is not None and view.shape == value.shape and value.fill == tensor.fill:
+        flat, numbers = _kept_entries(value, view)
+        data = tensor._data
+        _write_scalar(data, selection, data.fill)
+        blocks = (flat[0], flat[1], flat[2] // data.layout.block_q, flat[3] // data.layout.block_k)
+        _, kept = data.layout.find(*blocks)
+        data.extend(data.layout.with_blocks(*(x[~kept] for x in blocks)))
+        slot, _ = data.layout.find(*blocks)
+        own = data.block_values()
+        data.values = own.index_put(data.locate(flat[0], flat[1], flat[2], flat[3], slot), numbers.to(own.dtype))
+    elif value.numel() <= MAX_WINDOW:
+        _write_entries(tensor, key, value.to_dense(), extend=value.fill == tensor.fill)
+    else:
+        raise ValueError(
+            f"A sparse tensor of shape {tuple(value.shape)} can't be written to {key!r} of one of shape "
+            f"{tuple(tensor.shape)}: expected whole rows of equal number. Index both to the same shape first."
+        )
+
+
+def _kept_entries(value: BlockSparseTensor, target: View) -> tuple[list[Tensor], Tensor]:
+    """Where the kept entries of `value` that differ from its fill go in `target`, as four index tensors; and they."""
     source = value._narrow_layout()
-    indices, used = source.rows()
-    rows, data = target._view.rows, tensor._data
-    shift = rows.start - value._view.rows.start
-    values = value.row_values().reshape(source.batch, source.n_heads, len(rows), -1)
-    local = torch.arange(len(rows), device=values.device)
-    source_rows = (local + value._view.rows.start) // source.block_q
-    key_pos = (indices[..., None] * source.block_k + torch.arange(source.block_k, device=values.device)).flatten(-2)
-    real = used.repeat_interleave(source.block_k, -1) & (key_pos < source.mask.key_length)
-    texts, heads = target._view.texts(values.device), target._view.heads(values.device)
+    n_rows = len(target.rows)
+    numbers = value.row_values().reshape(source.batch, source.n_heads, n_rows, -1)
+    device = numbers.device
+    local = torch.arange(n_rows, device=device)
+    blocks = (local + value._view.rows.start) // source.block_q
+    key_pos = source.key_positions()[:, :, blocks]
+    _, used = source.rows()
+    real = used.repeat_interleave(source.block_k, -1)[:, :, blocks] & (key_pos < source.mask.key_length)
+    keep = real & _differs(numbers, value.fill)
     place = (
-        texts[:, None, None, None].expand(values.shape),
-        heads[:, None, None].expand(values.shape),
-        (local + value._view.rows.start + shift)[:, None].expand(values.shape),
-        key_pos[:, :, source_rows],
+        target.texts(device)[:, None, None, None],
+        target.heads(device)[:, None, None],
+        (local + target.rows.start)[:, None],
+        key_pos,
     )
-    keep = real[:, :, source_rows] & _differs(values, data.fill)
-    _write_scalar(data, selection, data.fill)  # type: ignore[arg-type]
-    flat = [x[keep] for x in place]
-    layout = data.layout
-    blocks = (flat[0], flat[1], flat[2] // layout.block_q, flat[3] // layout.block_k)
-    _, kept = layout.find(*blocks)
-    data.extend(layout.with_blocks(*(x[~kept] for x in blocks)))
-    slot, _ = data.layout.find(*blocks)
-    own = data.block_values()
-    data.values = own.index_put(data.locate(*flat, slot), values[keep].to(own.dtype))
+    return [x.expand(numbers.shape)[keep] for x in place], numbers[keep]
 
 
 def _check_window(tensor: BlockSparseTensor, grid: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 
 
-def _keys(tensor: BlockSparseTensor) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
+def _keys(tensor: BlockSparseTensor) -> tuple[Int[Tensor, ...], Bool[Tensor, ...]]:
     """Key position and whether it is a real key, for `tensor.row_values()`, one row each a query."""
     layout = tensor._narrow_layout()
     _, used = layout.rows()
@@ -22,7 +22,7 @@ def _keys(tensor: BlockSparseTensor) -> tuple[Int[Tensor, "..."], Bool[Tensor, "
     return tensor.drop_indexed(keys[:, :, rows]), tensor.drop_indexed(real[:, :, rows])
 
 
-def _row_sum(tensor: BlockSparseTensor) -> Shaped[Tensor, "..."]:
+def _row_sum(tensor: BlockSparseTensor) -> Shaped[Tensor, ...]:
     values = tensor.row_values()
     _, real = _keys(tensor)
     total = values.masked_fill(~real, 0).sum(-1)
@@ -99,7 +99,8 @@ def _extreme(largest: bool) -> Callable[..., Any]:
             return NotImplemented
         pair = along_keys(tensor)
         make = torch.return_types.max if largest else torch.return_types.min
-        return make(tuple(x[..., None] if keepdim else x for x in pair))
+        values, indices = (x[..., None] if keepdim else x for x in pair)
+        return make((values, indices))
 
     return handler
 

@@ -46,14 +46,14 @@ class AttentionScores(Tensor):
         result = handler(*args, **(kwargs or {})) if handler else NotImplemented
         if result is NotImplemented:
             raise TypeError(
-                f"{name}() is not known on attention scores that are still a product of q and k. Known are scaling by a number, "
-                "tanh, adding a bias that does not vary over both query and key, and the mask; afterwards, in hook_attn_scores, the "
-                "scores are sparse and know more."
+                f"{name}() is not known on attention scores that are still a product of q and k. Known are scaling by a "
+                "number, tanh, adding a bias that does not vary over both query and key, and the mask; afterwards, in "
+                "hook_attn_scores, the scores are sparse and know more."
             )
         return result
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} needs dense attention scores, which are never made.")
 
     def with_mod(self, mod: ScoreMod) -> AttentionScores:
@@ -81,7 +81,7 @@ class AttentionScores(Tensor):
             ValueError: q or k holds NaN, or no mask was applied.
         """
         if self.mask is None:
-            raise ValueError("mask: no causal mask was applied to the attention scores; bidirectional attention is not supported.")
+            raise ValueError("mask: no causal mask was applied to the scores; bidirectional attention is not supported.")
         products, config = self.products, self.origin.config
         check_numbers("q", products.q, self.origin)
         check_numbers("k", products.k, self.origin)
@@ -94,7 +94,7 @@ class AttentionScores(Tensor):
         data = ScoresData(layout, -torch.inf, self.origin).of(products)
         return BlockSparseScores(data, dtype=self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AttentionScores(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.origin.layer})"
 
 

@@ -20,15 +20,15 @@ from tl_stream.tensors.block_sparse import _METADATA, BlockSparsePattern, BlockS
 class WithSink(Tensor):
     """Scores or a pattern with one more key column, logically [batch, head_index, query_pos, key_pos + 1]."""
 
-    inner: BlockSparseScores | BlockSparsePattern
+    sparse: BlockSparseScores | BlockSparsePattern
     column: Float[Tensor, "batch head_index query_pos 1"] | None
 
     @staticmethod
-    def __new__(cls, inner: Any, column: Tensor | None) -> WithSink:
-        """`inner` beside `column` (None: not needed any more)."""
-        shape = (*inner.shape[:-1], inner.shape[-1] + 1)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=inner.dtype, device=inner.device)
-        self.inner, self.column = inner, column
+    def __new__(cls, sparse: Any, column: Tensor | None) -> WithSink:
+        """`sparse` beside `column` (None: not needed any more)."""
+        shape = (*sparse.shape[:-1], sparse.shape[-1] + 1)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sparse.dtype, device=sparse.device)
+        self.sparse, self.column = sparse, column
         return self
 
     @classmethod
@@ -40,11 +40,11 @@ class WithSink(Tensor):
         handler = _HANDLERS.get(name)
         result = handler(*args, **(kwargs or {})) if handler else NotImplemented
         if result is NotImplemented:
-            raise TypeError(f"{name}() is not known on sparse attention scores with a sink column; edit them in hook_attn_scores.")
+            raise TypeError(f"{name}() is not known on sparse scores with a sink column; edit them in hook_attn_scores.")
         return result
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} needs dense attention scores, which are never made.")
 
 
@@ -76,12 +76,12 @@ def _sub(scores: Any, maximum: Any) -> Any:
 def _softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     if dim not in (-1, 3) or scores.column is None:
         return NotImplemented
-    return WithSink(pattern_of(scores.inner, dtype or scores.dtype, sink=scores.column), None)
+    return WithSink(pattern_of(scores.sparse, dtype or scores.dtype, sink=scores.column), None)
 
 
 def _getitem(tensor: Any, key: Any) -> Any:
     dropped = key == (..., slice(None, -1)) and tensor.column is None
-    return tensor.inner if dropped else NotImplemented
+    return tensor.sparse if dropped else NotImplemented
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {"max": _max, "sub": _sub, "softmax": _softmax, "getitem": _getitem}

@@ -55,7 +55,7 @@ class View:
         """The heads as an index tensor."""
         return _index(self.head, device)
 
-    def coordinates(self, device: torch.device) -> list[Int[Tensor, "..."]]:
+    def coordinates(self, device: torch.device) -> list[Int[Tensor, ...]]:
         """Batch, head, query and key index of every entry shown, each expanded to `shape` without taking memory."""
         shape = self.shape
         dim, grids = 0, []
