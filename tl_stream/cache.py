@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
 
 from tl_stream.config import StreamConfig
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.retained import exact_rows
+from tl_stream.tensors.storage import Packer, Unpacker
+
+_FORMAT = "tl_stream.SparseActivationCache/1"
 
 
 class SparseActivationCache(ActivationCache):
@@ -86,8 +95,6 @@ class SparseActivationCache(ActivationCache):
             IndexError: A row out of range.
             TypeError: The pattern was written to.
         """
-        from tl_stream.tensors.retained import exact_rows
-
         if layer not in self.patterns:
             raise KeyError(f"layer was {layer}; expected one whose pattern is in the cache: {sorted(self.patterns)}.")
         return exact_rows(self.patterns[layer], rows)
@@ -101,6 +108,55 @@ class SparseActivationCache(ActivationCache):
     def nbytes(self) -> int:
         """Bytes of the whole cache."""
         return sum(self.memory().values())
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file: lazy patterns as q, k, layout and log-sum-exp. The model is left out.
+
+        The file appears whole or not at all.
+
+        Raises:
+            TypeError: A pattern is of a kind that can't be stored.
+            OSError: The file can't be written.
+        """
+        packer = Packer()
+        description = {
+            "activations": {name: packer.pack(tensor) for name, tensor in self.cache_dict.items()},
+            "config": asdict(self.config),
+            "has_batch_dim": self.has_batch_dim,
+        }
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            save_file(packer.tensors, part, metadata={_FORMAT: json.dumps(description)})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None) -> SparseActivationCache:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            model: The model of the run, for the methods of ActivationCache that need it.
+
+        Raises:
+            ValueError: Not a file that `save` wrote.
+            OSError: The file can't be read.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _FORMAT not in metadata:
+                raise ValueError(f"{str(path)!r} holds no SparseActivationCache; expected a file that save() wrote.")
+        tensors = load_file(path)
+        description = json.loads(metadata[_FORMAT])
+        settings = description["config"]
+        if isinstance(settings["dense_layers"], list):
+            settings["dense_layers"] = tuple(settings["dense_layers"])
+        config, fallbacks = StreamConfig(**settings), Counter[str]()
+        unpacker = Unpacker(tensors, config, fallbacks)
+        activations = {name: unpacker.unpack(entry) for name, entry in description["activations"].items()}
+        return cls(activations, model, description["has_batch_dim"], config=config, fallbacks=fallbacks)
 
     def __repr__(self) -> str:
         pruned = f", pruned={self.pruned:.4f}" if self.patterns else ""

@@ -120,14 +120,15 @@ class _GatherAttention(torch.autograd.Function):
 def _attend(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, ctx) -> tuple[Tensor, Tensor]:
     """z `[batch, head_index, block, rows, d_head]` and log-sum-exp of one chunk; rows that read nothing give z = 0."""
     scores = _scores(chunk, q, k, ctx.scale, ctx.score_mods)
-    # The smallest finite number stands for a row without keys, so that no inf - inf arises.
-    peak = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((), -torch.inf)
+    peak, where = scores.max(-1, keepdim=True)
+    nothing = peak.isneginf()
+    # A row without keys is given finite scores, so that no NaN arises in it or in its gradient, and is zeroed at the end.
+    weights = scores.masked_fill(nothing, 0.0).softmax(-1) if bool(nothing.any()) else scores.softmax(-1)
+    lse = peak.masked_fill(nothing, 0.0) - weights.gather(-1, where).log()
     extra = _rows_of(chunk, sink.to(scores.dtype))
-    peak = torch.maximum(peak, extra.detach()).clamp(min=torch.finfo(scores.dtype).min)
-    weights = (scores - peak).exp()
-    total = weights.sum(-1, keepdim=True) + (extra - peak).exp()
-    z = weights @ v.to(scores.dtype) / total.clamp(min=torch.finfo(scores.dtype).tiny)
-    return z.to(q.dtype), (total.log() + peak).squeeze(-1)
+    z = weights @ v.to(scores.dtype) * (lse - extra).sigmoid()
+    total = torch.logaddexp(lse, extra)
+    return z.masked_fill(nothing, 0.0).to(q.dtype), torch.where(nothing, extra, total).squeeze(-1)
 
 
 def _rows_of(chunk: Chunk, sink: Tensor) -> Tensor:
@@ -143,7 +144,8 @@ def _scores(chunk: Chunk, q: Tensor, k: Tensor, scale: float, score_mods: Sequen
         head = torch.arange(chunk.layout.n_heads, device=q.device)[:, None, None, None]
         rows, keys = chunk.query_pos[:, :, None], chunk.key_pos[:, :, :, None]
         scores = score_mod.apply(score_mods, scores, batch, head, rows, keys)
-    return scores.masked_fill(~chunk.allowed(), -torch.inf)
+        return scores.masked_fill(~chunk.allowed(), -torch.inf)
+    return scores.masked_fill_(~chunk.allowed(), -torch.inf)
 
 
 def _scatter_keys(chunk: Chunk, into: Tensor, grad: Tensor) -> None:
