@@ -52,7 +52,7 @@ def main() -> int:
     options = parser.parse_args()
     n_depths, n_seeds = (3, 2) if options.quick else (7, 8)
     depths = [i / (n_depths - 1) for i in range(n_depths)]
-    model = tl_stream.models.load()
+    model: Any = tl_stream.models.load()
     rows = []
     jobs = [(name, depth, seed) for name in TASKS for depth in depths for seed in range(10_000, 10_000 + n_seeds)]
     for name, depth, seed in tqdm(jobs, desc="texts", file=sys.stderr):

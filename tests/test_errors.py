@@ -23,6 +23,7 @@ from tl_stream import StreamConfig
         ({"block_q": 0}, ValueError, "block_q was 0; expected an int >= 1"),
         ({"block_k": -1}, ValueError, "block_k was -1; expected an int >= 1"),
         ({"beam": 0}, ValueError, "beam was 0"),
+        ({"leaf_queries": 0}, ValueError, "leaf_queries was 0"),
         ({"max_dense": -1}, ValueError, "max_dense was -1; expected an int >= 0"),
         ({"estimator": "magic"}, ValueError, "estimator was 'magic'; expected one of 'dual', 'exact'"),
         ({"backend": "cuda"}, ValueError, "backend was 'cuda'; expected one of 'gather', 'reference'"),

@@ -163,6 +163,23 @@ def test_causality_of_the_choice_between_blocks() -> None:
     assert not torch.equal(before, after)
 
 
+def test_fewer_leaf_queries() -> None:
+    q, k = topical_queries_and_keys(1200)
+    every = estimate_layout(q, k, CONFIG)
+    assert torch.equal(estimate_layout(q, k, replace(CONFIG, leaf_queries=8)).to_block_dense(), every.to_block_dense())
+    some = estimate_layout(q, k, replace(CONFIG, leaf_queries=2))
+    assert retained(q, k, some).mean() > 0.9 * retained(q, k, every).mean()
+
+
+def test_the_last_query_is_always_asked() -> None:
+    """Of the last block, of which only three queries exist, the last one alone reads key block 5."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 1, 203, 16, generator=generator), torch.randn(1, 1, 203, 16, generator=generator)
+    q[:, :, 202], k[:, :, 43] = 20.0, 3.0
+    layout = estimate_layout(q, k, replace(CONFIG, leaf_queries=1, k=1))
+    assert layout.to_block_dense()[0, 0, -1].nonzero().flatten().tolist() == [5]
+
+
 def test_score_mods_count() -> None:
     q, k = queries_and_keys(400, batch=1)
     plain = estimate_layout(q, k, replace(CONFIG, k=2))

@@ -41,9 +41,7 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("host", [pytest.param("hooked", marks=needs_hooked), "bridge"])
-def test_hosts_agree_on_tokens_and_logits(
-    host: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_hosts_agree_on_tokens_and_logits(host: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     hosted: Any = load(host=host)
     expected_ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     assert torch.equal(hosted.to_tokens(TEXT), expected_ids)

@@ -21,6 +21,8 @@ class StreamConfig:
         estimator: `"dual"` (hierarchical, O(T log T)), `"exact"` (the true top k, O(T^2) time), and the static
             baselines `"window"` (first block and the most recent ones) and `"random"`.
         beam: Tree nodes that the hierarchical refinement keeps a step, in multiples of `k`.
+        leaf_queries: How many queries of a block decide, by their exact scores, which of the remaining candidate blocks are
+            kept (evenly spaced, the last one among them); None: all. Fewer are faster, and may miss what a single query reads.
         keep_local: Keep every query block's own key block, whatever its score.
         keep_sink: Keep the first key block, whatever its score.
         dense_layers: Layers left dense: the first n (an int), or the given layer indices (a tuple).
@@ -40,6 +42,7 @@ class StreamConfig:
     k: int = 16
     estimator: str = "dual"
     beam: int = 4
+    leaf_queries: int | None = None
     keep_local: bool = False
     keep_sink: bool = False
     dense_layers: int | tuple[int, ...] = 0
@@ -52,6 +55,8 @@ class StreamConfig:
         for name in ("block_q", "block_k", "k", "beam"):
             _check_int(name, getattr(self, name), minimum=1)
         _check_int("max_dense", self.max_dense, minimum=0)
+        if self.leaf_queries is not None:
+            _check_int("leaf_queries", self.leaf_queries, minimum=1)
         if self.seed is not None:
             _check_int("seed", self.seed, minimum=0)
         for name in ("keep_local", "keep_sink", "compile"):
@@ -69,10 +74,7 @@ class StreamConfig:
         Raises:
             ValueError: A layer index that the model does not have.
         """
-        if isinstance(self.dense_layers, int):
-            layers = frozenset(range(self.dense_layers))
-        else:
-            layers = frozenset(self.dense_layers)
+        layers = frozenset(range(self.dense_layers) if isinstance(self.dense_layers, int) else self.dense_layers)
         if any(layer >= n_layers for layer in layers):
             raise ValueError(
                 f"dense_layers was {self.dense_layers!r}, but the model has {n_layers} layers; expected at most "

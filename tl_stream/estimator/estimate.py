@@ -56,7 +56,7 @@ def estimate_layout(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     problem = Problem.of(q, k, mask, config.block_q, config.block_k, scale, score_mods)
     masses, candidates = _estimator(problem, config)
-    step = _rows_per_chunk(problem, candidates)
+    step = _rows_per_chunk(problem, candidates, config.leaf_queries or config.block_q)
     chunks = []
     for start in range(0, full.n_q_blocks, step):
         stop = min(start + step, full.n_q_blocks)
@@ -93,7 +93,7 @@ def _estimator(problem: Problem, config: StreamConfig) -> tuple[Masses, int]:
             levels = build_levels(problem)
             width = config.beam * config.k
             run = _compiled() if config.compile else hierarchical_masses
-            return (lambda part, rows: run(part, levels, rows, width)), min(2 * width, n_blocks)
+            return (lambda part, rows: run(part, levels, rows, width, config.leaf_queries)), min(2 * width, n_blocks)
         case "exact":
             return exact_masses, n_blocks
         case "window":
@@ -110,10 +110,11 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch._dynamo.config.patch(recompile_limit=64)(compiled)
 
 
-def _rows_per_chunk(problem: Problem, candidates: int) -> int:
-    """Query blocks taken at once, so that the logits of their candidates stay small."""
+def _rows_per_chunk(problem: Problem, candidates: int, queries: int) -> int:
+    """Query blocks taken at once, so that their candidates' keys and logits stay small."""
     batch, heads, _ = problem.shape
-    return max(1, _CHUNK_ENTRIES // (batch * heads * problem.block_q * problem.block_k * candidates))
+    width = max(queries, problem.keys.shape[-1])
+    return max(1, _CHUNK_ENTRIES // (batch * heads * candidates * problem.block_k * width))
 
 
 def _check_shapes(q: Tensor, k: Tensor, mask: AttentionMask) -> None:

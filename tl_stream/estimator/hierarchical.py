@@ -11,8 +11,8 @@ attention at the same budget: nodes are kept by two scores, and the surviving le
    greatest possible score in the node's box (Quest, arXiv:2406.10774). The ancestors of the block's own leaf and
    of the first leaf are always kept: the one's statistics contain future keys, the other is the attention sink.
                                                                                               O(T / b_q * W d log T)
-4. The up to 2 W leaves that remain are scored exactly (`block_masses`); the k with the most mass are kept.
-                                                                                              O(T * W b_k d)
+4. The up to 2 W leaves that remain are scored exactly (`block_masses`), for all queries of the block or for some
+   evenly spaced ones; the k with the most mass are kept.                                       O(T * W b_k d)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build_levels(problem: Problem) -> list[Level]:
 
 
 def hierarchical_masses(
-    problem: Problem, levels: list[Level], query_pos: Int[Tensor, "q_block block_q"], width: int
+    problem: Problem, levels: list[Level], query_pos: Int[Tensor, "q_block block_q"], width: int, leaf_queries: int | None
 ) -> tuple[Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]]:
     """Candidate key blocks and the estimated share of attention of each; negative where a candidate doesn't count.
 
@@ -45,6 +45,7 @@ def hierarchical_masses(
         levels: The key pyramid.
         query_pos: Position of each query.
         width: Nodes kept a step (W above).
+        leaf_queries: Queries of a block that score the leaves; None: all.
     """
     mean_query = _mean_query(problem, query_pos)
     nodes, used, level = _start(problem, levels, width)
@@ -55,8 +56,19 @@ def hierarchical_masses(
         nodes = torch.stack([2 * nodes, 2 * nodes + 1], -1).flatten(-2)
         used = used.repeat_interleave(2, -1) & _in_range(problem, levels[level], level, nodes)
     nodes = nodes.clamp(max=problem.keys.shape[2] - 1)
-    masses = block_masses(problem, query_pos, nodes, used)
+    masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), nodes, used)
     return nodes, masses.masked_fill(~used, -1.0)
+
+
+def _some_queries(problem: Problem, query_pos: Tensor, number: int | None) -> tuple[Problem, Tensor]:
+    """The problem for `number` evenly spaced queries of each block, the last real one among them; and their positions."""
+    if number is None or number >= problem.block_q:
+        return problem, query_pos
+    real = (query_pos < problem.mask.query_length).sum(-1)
+    steps = torch.arange(1, number + 1, device=query_pos.device)
+    chosen = ((steps * real[:, None]) // number - 1).clamp(min=0)
+    index = chosen[:, :, None].expand(*problem.shape, -1, problem.queries.shape[-1])
+    return problem._replace(queries=problem.queries.gather(3, index)), query_pos.gather(1, chosen)
 
 
 def _mean_query(problem: Problem, query_pos: Tensor) -> Float[Tensor, "batch head_index q_block d_head"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +20,9 @@ from tl_stream.tensors.view import View
 
 _KINDS = {cls.__name__: cls for cls in (BlockSparseTensor, BlockSparseScores, BlockSparsePattern)}
 _DATA = {cls.__name__: cls for cls in (BlockData, ScoresData, PatternData)}
-_MODS = {cls.__name__: cls for cls in (score_mod.Scale, score_mod.Tanh, score_mod.Alibi, score_mod.Bias)}
+_MODS: dict[str, Callable[..., Any]] = {
+    cls.__name__: cls for cls in (score_mod.Scale, score_mod.Tanh, score_mod.Alibi, score_mod.Bias)
+}
 
 
 class Packer:
