@@ -39,7 +39,7 @@ from tqdm import tqdm
 import tl_stream
 from tl_stream import StreamConfig
 
-CONFIG = StreamConfig(block_q=64, block_k=64, k=16)
+CONFIG = StreamConfig(block_q=64, block_k=64, k=16, beam=2, leaf_queries=8)
 METHODS = ("floor", "sparse", "dense")
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 FIT_FROM = 4096

@@ -50,6 +50,15 @@ class Chunk:
         """Which of the kept entries the mask allows."""
         return within(self.placed[:, :, :, None], *self.layout.mask.bounds(self.query_pos[:, :, None]))
 
+    def partial_slots(self) -> tuple[Int[Tensor, " n"], ...]:
+        """The kept blocks of which the mask forbids something: batch, head, block and slot index of each."""
+        placed = self.placed.unflatten(-1, (-1, self.layout.block_k))
+        start, stop = self.layout.mask.bounds(self.query_pos)
+        partial = placed.amax(-1) >= stop.amin(-1)[:, None]
+        if start is not None:
+            partial = partial | (placed.amin(-1) < start.amax(-1)[:, None])
+        return partial.nonzero().unbind(-1)
+
     def cut_queries(self, x: Tensor) -> Tensor:
         """Rows of `[batch, head_index, query_pos, ...]` as `[batch, head_index, block, rows, ...]`."""
         part = x[:, :, self.start : self.stop]

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from tl_stream import score_mod
 from tl_stream.attention.chunks import Chunk, chunks, whole
 from tl_stream.layout import BlockLayout
+from tl_stream.masking import within
 from tl_stream.score_mod import ScoreMod
 
 
@@ -139,13 +140,28 @@ def _rows_of(chunk: Chunk, sink: Tensor) -> Tensor:
 def _scores(chunk: Chunk, q: Tensor, k: Tensor, scale: float, score_mods: Sequence[ScoreMod]) -> Tensor:
     wide = _wide(q)
     scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
-    if score_mods:
-        batch = torch.arange(chunk.layout.batch, device=q.device)[:, None, None, None, None]
-        head = torch.arange(chunk.layout.n_heads, device=q.device)[:, None, None, None]
-        rows, keys = chunk.query_pos[:, :, None], chunk.key_pos[:, :, :, None]
-        scores = score_mod.apply(score_mods, scores, batch, head, rows, keys)
-        return scores.masked_fill(~chunk.allowed(), -torch.inf)
-    return scores.masked_fill_(~chunk.allowed(), -torch.inf)
+    if not score_mods:
+        return _mask_in_place(chunk, scores)
+    batch = torch.arange(chunk.layout.batch, device=q.device)[:, None, None, None, None]
+    head = torch.arange(chunk.layout.n_heads, device=q.device)[:, None, None, None]
+    rows, keys = chunk.query_pos[:, :, None], chunk.key_pos[:, :, :, None]
+    scores = score_mod.apply(score_mods, scores, batch, head, rows, keys)
+    return scores.masked_fill(~chunk.allowed(), -torch.inf)
+
+
+def _mask_in_place(chunk: Chunk, scores: Tensor) -> Tensor:
+    """`-inf` where the mask forbids. Blocks that it allows altogether, as are most, aren't touched."""
+    if chunk.key_blocks is None:
+        return scores.masked_fill_(~chunk.allowed(), -torch.inf)
+    text, head, block, slot = chunk.partial_slots()
+    start, stop = chunk.layout.mask.bounds(chunk.query_pos)
+    placed = chunk.placed.unflatten(-1, (-1, chunk.layout.block_k))[text, head, block, slot]
+    first = None if start is None else start[block][:, :, None]
+    allowed = within(placed[:, None], first, stop[block][:, :, None])
+    by_slot = scores.unflatten(-1, (-1, chunk.layout.block_k))
+    index = (text, head, block, slice(None), slot)
+    by_slot[index] = by_slot[index].masked_fill(~allowed, -torch.inf)
+    return scores
 
 
 def _scatter_keys(chunk: Chunk, into: Tensor, grad: Tensor) -> None:

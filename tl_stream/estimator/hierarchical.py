@@ -72,9 +72,8 @@ def _some_queries(problem: Problem, query_pos: Tensor, number: int | None) -> tu
 
 
 def _mean_query(problem: Problem, query_pos: Tensor) -> Float[Tensor, "batch head_index q_block d_head"]:
-    queries = problem.queries.to(torch.promote_types(problem.queries.dtype, torch.float32))
     inside = query_pos < problem.mask.query_length
-    return queries.sum(3) / inside.sum(-1)[:, None]
+    return problem.queries.sum(3) / inside.sum(-1)[:, None]
 
 
 def _start(problem: Problem, levels: list[Level], width: int) -> tuple[Tensor, Bool[Tensor, ...], int]:

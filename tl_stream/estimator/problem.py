@@ -19,11 +19,10 @@ class Problem(NamedTuple):
     """One layer's queries and keys.
 
     Attributes:
-        queries: In blocks, padded with zeros, `[batch, head_index, q_block, block_q, d_head]`.
+        queries: Scaled, in blocks, padded with zeros, `[batch, head_index, q_block, block_q, d_head]`.
         keys: In blocks, padded with zeros, `[batch, kv_head_index, kv_block, block_k, d_head]`.
         mask: Which token pairs may attend.
-        scale: Factor on q . k.
-        mods: What the model does to the scaled scores.
+        mods: What the model does to their scores.
         first_key: First key that any query of a block may read, `[q_block]`.
         last_key: One past the last one, `[q_block]`.
     """
@@ -31,7 +30,6 @@ class Problem(NamedTuple):
     queries: Float[Tensor, "batch head_index q_block block_q d_head"]
     keys: Float[Tensor, "batch kv_head_index kv_block block_k d_head"]
     mask: AttentionMask
-    scale: float
     mods: Sequence[ScoreMod]
     first_key: Int[Tensor, " q_block"]
     last_key: Int[Tensor, " q_block"]
@@ -40,12 +38,13 @@ class Problem(NamedTuple):
     def of(
         cls, q: Tensor, k: Tensor, mask: AttentionMask, block_q: int, block_k: int, scale: float, mods: Sequence[ScoreMod]
     ) -> Problem:
-        """Cut q and k `[batch, heads, pos, d_head]` into blocks."""
-        queries, keys = to_blocks(q, block_q), to_blocks(k, block_k)
+        """Cut q and k `[batch, heads, pos, d_head]` into blocks, in float32 or better."""
+        wide = torch.promote_types(k.dtype, torch.float32)
+        queries, keys = to_blocks(q.to(wide) * scale, block_q), to_blocks(k.to(wide), block_k)
         rows = torch.arange(queries.shape[2] * block_q, device=q.device).clamp(max=mask.query_length - 1)
         start, stop = mask.bounds(rows.view(-1, block_q))
         first = torch.zeros_like(stop[:, 0]) if start is None else start.amin(-1)
-        return cls(queries, keys, mask, scale, mods, first, stop.amax(-1))
+        return cls(queries, keys, mask, mods, first, stop.amax(-1))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,11 +100,13 @@ class Problem(NamedTuple):
         return x.flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, nodes.shape)
 
     def score(self, products: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
-        """Scale and score mods, on products `[batch, head_index, ...]` of any further shape."""
+        """Score mods, on products `[batch, head_index, ...]` of any further shape."""
+        if not self.mods:
+            return products
         extra = (1,) * (products.dim() - 4)
         batch = self.batch_index.view(-1, 1, 1, 1, *extra)
         head = self.head_index.view(-1, 1, 1, *extra)
-        return score_mod.apply(self.mods, products * self.scale, batch, head, query_pos, key_pos)
+        return score_mod.apply(self.mods, products, batch, head, query_pos, key_pos)
 
 
 def block_masses(
@@ -122,18 +123,17 @@ def block_masses(
         blocks: Candidate key blocks, `[batch, head_index, q_block, candidate]`.
         used: Which candidates count, broadcastable to `blocks`; the others get 0.
     """
-    wide = torch.promote_types(problem.keys.dtype, torch.float32)
-    keys = problem.select(problem.keys, blocks).flatten(3, 4)
-    products = problem.queries.to(wide) @ keys.to(wide).transpose(-1, -2)
+    products = problem.queries @ problem.select(problem.keys, blocks).flatten(3, 4).transpose(-1, -2)
     offsets = torch.arange(problem.block_k, device=blocks.device)
     key_pos = (blocks[..., None] * problem.block_k + offsets).flatten(-2)
     rows = query_pos[:, :, None]
     logits = problem.score(products, rows, key_pos[:, :, :, None])
     placed = problem.mask.place(problem.batch_index, key_pos)
     placed = placed.masked_fill(~used.expand(blocks.shape).repeat_interleave(problem.block_k, -1), NEVER)
-    logits = logits.masked_fill(~within(placed[:, :, :, None], *problem.mask.bounds(rows)), -torch.inf)
-    peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
-    per_block = (logits - peak).exp().unflatten(-1, (-1, problem.block_k)).sum(-1)
-    shares = per_block / per_block.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    allowed = within(placed[:, :, :, None], *problem.mask.bounds(rows))
+    # Finite, so that a query that may read nothing gives no NaN; it doesn't count in the mean.
+    weights = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
+    counts = allowed.any(-1).to(weights.dtype)[:, :, :, None]
+    shares = (counts @ weights).squeeze(-2).unflatten(-1, (-1, problem.block_k)).sum(-1)
     n_queries = (query_pos < problem.mask.query_length).sum(-1)[:, None]
-    return shares.sum(-2) / n_queries
+    return shares / n_queries

@@ -37,10 +37,9 @@ def build_pyramid(
     """Levels from single key blocks (index 0) to one root. O(T d_head) time, 2 T / block_k nodes.
 
     Args:
-        keys: Keys after the rotary embedding, in blocks; statistics are taken in float32 or better.
+        keys: Keys after the rotary embedding, in blocks, in float32 or better.
         valid: False for padding.
     """
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     inside = valid[:, None, :, :, None]
     count = valid.sum(-1)
     total = (keys * inside).sum(3)
