@@ -121,11 +121,11 @@ class _GatherAttention(torch.autograd.Function):
 def _attend(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, ctx) -> tuple[Tensor, Tensor]:
     """z `[batch, head_index, block, rows, d_head]` and log-sum-exp of one chunk; rows that read nothing give z = 0."""
     scores = _scores(chunk, q, k, ctx.scale, ctx.score_mods)
-    peak, where = scores.max(-1, keepdim=True)
+    peak = scores.amax(-1, keepdim=True)
     nothing = peak.isneginf()
     # A row without keys is given finite scores, so that no NaN arises in it or in its gradient, and is zeroed at the end.
     weights = scores.masked_fill(nothing, 0.0).softmax(-1) if bool(nothing.any()) else scores.softmax(-1)
-    lse = peak.masked_fill(nothing, 0.0) - weights.gather(-1, where).log()
+    lse = peak.masked_fill(nothing, 0.0) - weights.amax(-1, keepdim=True).log()
     extra = _rows_of(chunk, sink.to(scores.dtype))
     z = weights @ v.to(scores.dtype) * (lse - extra).sigmoid()
     total = torch.logaddexp(lse, extra)

@@ -132,7 +132,7 @@ def block_masses(
     placed = placed.masked_fill(~used.expand(blocks.shape).repeat_interleave(problem.block_k, -1), NEVER)
     allowed = within(placed[:, :, :, None], *problem.mask.bounds(rows))
     # Finite, so that a query that may read nothing gives no NaN; it doesn't count in the mean.
-    weights = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
+    weights = logits.masked_fill_(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
     counts = allowed.any(-1).to(weights.dtype)[:, :, :, None]
     shares = (counts @ weights).squeeze(-2).unflatten(-1, (-1, problem.block_k)).sum(-1)
     n_queries = (query_pos < problem.mask.query_length).sum(-1)[:, None]
