@@ -31,6 +31,7 @@ from tl_stream import StreamConfig
         ({"dense_layers": -1}, ValueError, "dense_layers was -1"),
         ({"dense_layers": (0, -1)}, ValueError, "dense_layers was -1"),
         ({"dense_layers": "all"}, TypeError, "dense_layers was 'all' of type str"),
+        ({"k": 1, "keep_sink": True, "keep_local": True}, ValueError, "k was 1 with both keep_local and keep_sink"),
         ({"keep_sink": 1}, TypeError, "keep_sink was 1; expected True or False"),
     ],
     ids=str,
@@ -73,6 +74,11 @@ def test_text_longer_than_n_ctx_is_not_cut() -> None:
 def test_empty_input(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="expected at least one text of at least one token"):
         build().run_with_sparse_cache(torch.zeros(shape, dtype=torch.long))
+
+
+def test_empty_residual_stream() -> None:
+    with pytest.raises(ValueError, match="expected at least one of each"), tl_stream.sparse(model := build()):
+        model(torch.zeros(1, 0, 32, dtype=torch.float64), start_at_layer=1)
 
 
 @pytest.mark.parametrize("weight", ["W_Q", "W_K"])

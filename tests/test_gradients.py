@@ -65,8 +65,8 @@ def test_a_cache_does_not_keep_the_graph_alive() -> None:
     loss = logits.sum()
     torch.autograd.grad(loss, cache["pattern", 1])
     del logits, loss
-    assert cache["pattern", 1]._data.tap() is None
-    with pytest.raises(RuntimeError, match="not part of a graph"):
+    assert [tap() for tap in cache["pattern", 1]._data.taps] == [None]
+    with pytest.raises(RuntimeError, match="not part of the graph"):
         torch.autograd.grad(torch.ones((), requires_grad=True) * 2, cache["pattern", 1])
 
 
@@ -169,3 +169,132 @@ def test_finite_differences() -> None:
         slope = (moved(step) - moved(-step)) / (2 * step)
     assert gradient == pytest.approx(slope, rel=1e-5)
     assert abs(gradient) > 1e-8
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores"])
+def test_detaching_stops_the_gradient(point: str) -> None:
+    """Freezing attention, as in attribution patching."""
+    model, text = build("gqa"), tokens()
+    freeze = (f"blocks.1.attn.{point}", lambda activation, hook: activation.detach())
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    with tl_stream.sparse(model, CONFIG):
+        output = model.run_with_hooks(text, fwd_hooks=[freeze])
+    expected = model.run_with_hooks(text, fwd_hooks=[*mask_hooks(cache), freeze])
+    found, wanted = (torch.autograd.grad(x.square().sum(), model.W_E)[0] for x in (output, expected))
+    assert gap(found, wanted) < 1e-9 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores"])
+def test_a_write_under_no_grad_does_not_cut_the_graph(point: str) -> None:
+    model, text = build("gqa"), tokens()
+
+    def edit(activation: Any, hook: Any) -> None:
+        with torch.no_grad():
+            activation[:, 0, :, 3] = activation.fill
+
+    def recorded(activation: Any, hook: Any) -> Any:
+        activation = activation.clone()
+        activation[:, 0, :, 3] = -torch.inf if "scores" in point else 0
+        return activation
+
+    name = f"blocks.1.attn.{point}"
+    with model.hooks(fwd_hooks=[(name, edit)]):
+        output, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    expected = model.run_with_hooks(text, fwd_hooks=[*mask_hooks(cache), (name, recorded)])
+    found, wanted = (torch.autograd.grad(x.square().sum(), model.W_E)[0] for x in (output, expected))
+    assert gap(found, wanted) < 1e-9 * wanted.abs().max()
+
+
+def test_a_pattern_that_is_used_twice() -> None:
+    """The gradient is the sum over both uses."""
+    model, text = build("gqa"), tokens()
+    weights = torch.linspace(0, 1, 61, dtype=torch.float64)[:, None]
+    kept: list[Any] = []
+
+    def use(pattern: Any, hook: Any) -> None:
+        kept.extend([pattern, (pattern @ weights).square().sum()])
+
+    hook = ("blocks.1.attn.hook_pattern", use)
+    with model.hooks(fwd_hooks=[hook]):
+        output, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    expected = model.run_with_hooks(text, fwd_hooks=[*mask_hooks(cache), hook])
+    losses = [logits.square().sum() + 1e3 * extra for logits, extra in ((output, kept[1]), (expected, kept[3]))]
+    found, wanted = (torch.autograd.grad(loss, pattern)[0] for loss, pattern in zip(losses, kept[::2], strict=True))
+    assert gap(found, wanted * cache.block_layout(1).to_dense()) < 1e-9 * wanted.abs().max()
+
+
+def test_hooks_that_would_never_fire_are_refused() -> None:
+    model, text = build("gqa"), tokens()
+    kept: list[Any] = []
+    points = ("blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores")
+    with tl_stream.sparse(model, CONFIG):
+        output = model.run_with_hooks(text, fwd_hooks=[(name, lambda x, hook: kept.append(x)) for name in points])
+    for late in kept:
+        with pytest.raises(RuntimeError, match="was used by the model already"):
+            late.register_hook(print)
+        with pytest.raises(RuntimeError, match="was used by the model already"):
+            late.retain_grad()
+        assert torch.autograd.grad(output.sum(), late, retain_graph=True)[0].shape == late.shape
+    extra = kept[1][0, 1, 50].square().sum()
+    with pytest.raises(RuntimeError, match="read with gradients after the model had used it"):
+        torch.autograd.grad(output.sum() + extra, kept[1])
+
+
+def test_backward_hooks_after_edits_that_mix_tensors() -> None:
+    model, text = build("gqa"), tokens()
+    _, clean = model.run_with_sparse_cache(tokens(seed=5), config=CONFIG)
+    clean_dense = clean["pattern", 1].to_dense()
+    name = "blocks.1.attn.hook_pattern"
+    edits = [
+        (lambda p, hook: clean["pattern", 1] * 0.5 + p * 0.5, lambda p, hook: clean_dense * 0.5 + p * 0.5),
+        (lambda p, hook: torch.where(p > 0.3, torch.zeros_like(p), p),) * 2,
+    ]
+    for sparse_edit, dense_edit in edits:
+        grads: list[Tensor] = []
+
+        def halve(grad: Any, hook: Any, grads: list[Tensor] = grads) -> Any:
+            grads.append(dense(grad).clone())
+            return grad * 0.5
+
+        with model.hooks(fwd_hooks=[(name, sparse_edit)]):
+            _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+        later = [hook for hook in mask_hooks(cache) if "blocks.1" not in str(hook[0])]
+        keep = model.run_with_sparse_cache(text, config=CONFIG)[1].block_layout(1).to_dense()
+        own = ("blocks.1.attn.hook_attn_scores", lambda s, hook, keep=keep: s.masked_fill(~keep, -torch.inf))
+        embeddings = []
+        for before, edit in (([], sparse_edit), ([*later, own], dense_edit)):
+            model.zero_grad()
+            with model.hooks(fwd_hooks=[*before, (name, edit)], bwd_hooks=[(name, halve)]):
+                if before:
+                    model(text, return_type="loss").backward()
+                else:
+                    with tl_stream.sparse(model, CONFIG):
+                        model(text, return_type="loss").backward()
+            embeddings.append(model.W_E.grad.clone())
+        assert gap(grads[0] * keep, grads[1] * keep) < 1e-12
+        assert gap(*embeddings) < 1e-12
+
+
+def test_nested_contexts_fire_a_backward_hook_once() -> None:
+    model, text = build("gqa"), tokens()
+    fired: list[int] = []
+    with tl_stream.sparse(model, CONFIG), tl_stream.sparse(model, CONFIG):
+        hooks = [
+            (f"blocks.1.attn.{point}", lambda grad, hook: fired.append(1)) for point in ("hook_pattern", "hook_attn_scores")
+        ]
+        with model.hooks(bwd_hooks=hooks):
+            model(text, return_type="loss").backward()
+    assert len(fired) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_backward(dtype: torch.dtype) -> None:
+    model, text = build("gqa", torch.float32), tokens()
+    loss, cache = model.run_with_sparse_cache(text, config=CONFIG, return_type="loss")
+    exact = torch.autograd.grad(loss, model.W_E)[0]
+    low = build("gqa", torch.float32).to(dtype)
+    with low.hooks(fwd_hooks=mask_hooks(cache)):
+        dense_grad = torch.autograd.grad(low(text, return_type="loss").float(), low.W_E)[0]
+    with tl_stream.sparse(low, CONFIG):
+        found = torch.autograd.grad(low(text, return_type="loss").float(), low.W_E)[0]
+    assert (found - exact).abs().mean() <= 2 * (dense_grad - exact).abs().mean()

@@ -26,5 +26,5 @@ def test_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_two_commands_stand_in_the_readme() -> None:
     text = README.read_text()
-    assert re.search(r"^python3 -m venv .* tl-stream demo$", text, re.MULTILINE)
+    assert re.search(r"^python3 -m venv .*tl-stream demo$", text, re.MULTILINE)
     assert re.search(r"^python3 -m venv .* -m pytest$", text, re.MULTILINE)

@@ -85,10 +85,11 @@ class SparseActivationCache(ActivationCache):
         pairs = sum(layout.n_pairs for layout in layouts)
         return 1.0 - sum(layout.n_kept_pairs for layout in layouts) / pairs if pairs else 0.0
 
-    def exact_rows(self, layer: int, rows: Sequence[int]) -> Float[Tensor, "batch head_index row key_pos"]:
+    def exact_rows(self, layer: int, rows: Sequence[int]) -> Float[Tensor, "*batch_and_head row key_pos"]:
         """Rows of the full softmax of this run's own q and k: what the pattern would have been with nothing pruned.
 
-        Not the dense model's pattern: its q and k differ once an earlier layer was pruned. O(T) a row and head.
+        Rows count as the cached pattern shows them (after `pos_slice`). This is not the dense model's pattern: its q and k
+        differ once an earlier layer was pruned. O(T) a row and head.
 
         Raises:
             KeyError: No pattern of that layer was cached.

@@ -66,6 +66,8 @@ class StreamConfig:
         _check_choice("backend", self.backend, BACKENDS)
         if self.estimator == "random" and self.seed is None:
             raise ValueError("seed was None with estimator='random'; expected an int >= 0. Pass seed=0, for example.")
+        if self.keep_local + self.keep_sink > self.k:
+            raise ValueError(f"k was {self.k} with both keep_local and keep_sink; expected at least 2, a block for each.")
         self._check_dense_layers()
 
     def dense_layer_indices(self, n_layers: int) -> frozenset[int]:

@@ -88,9 +88,10 @@ def run_with_sparse_cache(
     Raises:
         TypeError, ValueError: As `sparse`; also `logits_to_keep` with a loss, which needs all logits.
     """
-    if logits_to_keep is not None and kwargs.get("return_type") in ("loss", "both"):
+    return_type = kwargs.get("return_type", model_args[1] if len(model_args) > 1 else "logits")
+    if logits_to_keep is not None and return_type in ("loss", "both"):
         raise ValueError(
-            f"logits_to_keep was {logits_to_keep} with return_type={kwargs['return_type']!r}; a loss needs all logits. Leave "
+            f"logits_to_keep was {logits_to_keep} with return_type={return_type!r}; a loss needs all logits. Leave "
             "logits_to_keep out."
         )
     with (

@@ -171,7 +171,7 @@ def _scatter_keys(chunk: Chunk, into: Tensor, grad: Tensor) -> None:
         into.flatten(2, 3)[:, :, : chunk.n_keys] += grad.squeeze(2).unflatten(1, (kv_heads, -1)).sum(2)
         return
     rows = _flat_rows(chunk.key_blocks, kv_heads, into.shape[2])
-    into.flatten(0, 2).index_add_(0, rows.flatten(), grad.unflatten(3, (-1, into.shape[3])).flatten(0, 3))
+    into.flatten(0, 2).index_add_(0, rows.flatten(), grad.unflatten(3, (-1, into.shape[3])).flatten(0, 3).to(into.dtype))
 
 
 def _flat_rows(key_blocks: Tensor, kv_heads: int, n_blocks: int) -> Tensor:

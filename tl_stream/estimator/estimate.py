@@ -50,13 +50,14 @@ def estimate_layout(
     """
     mask = AttentionMask.causal(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
     _check_shapes(q, k, mask)
-    full = BlockLayout.full(mask, config.block_q, config.block_k, q.shape[0], q.shape[1])
+    block_q, block_k = min(config.block_q, q.shape[2]), min(config.block_k, k.shape[2])
+    full = BlockLayout.full(mask, block_q, block_k, q.shape[0], q.shape[1])
     if config.k >= full.n_kv_blocks:
         return full
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    problem = Problem.of(q, k, mask, config.block_q, config.block_k, scale, score_mods)
+    problem = Problem.of(q, k, mask, block_q, block_k, scale, score_mods)
     masses, candidates = _estimator(problem, config)
-    step = _rows_per_chunk(problem, candidates, config.leaf_queries or config.block_q)
+    step = _rows_per_chunk(problem, candidates, min(config.leaf_queries or block_q, block_q))
     chunks = []
     for start in range(0, full.n_q_blocks, step):
         stop = min(start + step, full.n_q_blocks)
@@ -64,7 +65,7 @@ def estimate_layout(
         part = problem.slice(start, stop)
         chunks.append(keep_most(part, *masses(part, query_pos), config))
     indices, number = (torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
-    return BlockLayout(indices, number, mask, config.block_q, config.block_k, q.shape[0], q.shape[1])
+    return BlockLayout(indices, number, mask, block_q, block_k, q.shape[0], q.shape[1])
 
 
 def keep_most(

@@ -105,12 +105,10 @@ def _to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`to_tokens` without truncation: a text that is too long raises."""
     if len(args) < 4:
         kwargs.setdefault("truncate", False)
-    tokens = type(model).to_tokens(model, input, *args, **kwargs)
-    _check_length(tokens, None, model.cfg.n_ctx)
-    return tokens
+    return _check_length(type(model).to_tokens(model, input, *args, **kwargs), None, model.cfg.n_ctx)
 
 
-def _check_length(x: Tensor, hook: Any, n_ctx: int) -> None:
+def _check_length(x: Tensor, hook: Any, n_ctx: int) -> Tensor:
     batch, length = x.shape[:2]
     if batch == 0 or length == 0:
         raise ValueError(f"tokens were of shape {[batch, length]}; expected at least one text of at least one token.")
@@ -119,3 +117,4 @@ def _check_length(x: Tensor, hook: Any, n_ctx: int) -> None:
             f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. "
             "Shorten the text, or load the model with a larger n_ctx."
         )
+    return x

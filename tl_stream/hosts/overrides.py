@@ -48,13 +48,28 @@ def override_attribute(owner: Module, name: str, value: Any) -> Iterator[None]:
             owner.__dict__[name] = before
 
 
+class _EntryHook:
+    """A forward pre-hook that passes its module's input through a function. A deep copy of the module does nothing there."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, point: Module, args: tuple[Any, ...]) -> Any:
+        return (self.function(args[0], point),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(point: Module, args: tuple[Any, ...]) -> None:
+    pass
+
+
 @contextmanager
-def first_hook(point: HookPoint, hook: Callable[..., Any]) -> Iterator[None]:
-    """`hook` runs before all others at `point` meanwhile; `reset_hooks()` leaves it in place."""
-    point.add_hook(hook, is_permanent=True, prepend=True)
-    handle = point.fwd_hooks[0]
+def first_hook(point: HookPoint, hook: Callable[[Any, HookPoint], Any]) -> Iterator[None]:
+    """`hook` changes what enters `point` meanwhile, before all of TransformerLens's hooks; `reset_hooks()` leaves it."""
+    handle = point.register_forward_pre_hook(_EntryHook(hook), prepend=True)
     try:
         yield
     finally:
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+        handle.remove()

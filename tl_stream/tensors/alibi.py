@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_stream.tensors.block_sparse import _METADATA, function_name
+from tl_stream.tensors.block_sparse import _METADATA
+from tl_stream.tensors.names import function_name
 
 
 class AlibiBias(Tensor):
@@ -32,8 +33,10 @@ class AlibiBias(Tensor):
                 return func(*args, **(kwargs or {}))
         if name == "getitem":
             return args[0]
-        return NotImplemented
+        if name == "deepcopy":
+            return None  # in a copied model: not made yet
+        raise NotImplementedError(f"{name}() is not known on the ALiBi bias while tl_stream traces; it can be added to scores.")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{func} needs the dense ALiBi bias, which is never made while tl_stream traces.")
+        raise NotImplementedError(f"{func} needs the dense ALiBi bias, which is never made while tl_stream traces.")

@@ -25,12 +25,21 @@ def pattern_of(scores: BlockSparseTensor, dtype: torch.dtype, sink: Tensor | Non
     """The softmax of scores, with a sink logit `[batch, head_index, query_pos, 1]` beside the keys or without."""
     data = scores._selected()
     view = scores._view if data is scores._data else gradients.narrowed_view(scores, data)
-    if isinstance(data, ScoresData) and data.is_lazy:
-        products = data.products if sink is None else replace(data.products, sink=sink)
-        data.pattern = PatternData(data.layout, 0.0, data.origin).of(products)
-        return BlockSparsePattern(data.pattern, view, dtype, scores._detached)
-    values = block_softmax(gradients.at_use(data, data.block_values()), data.layout, sink)
-    return BlockSparsePattern(BlockData(data.layout, 0.0, data.origin, values), view, dtype, scores._detached)
+    pattern: BlockData
+    products = None
+    if isinstance(data, ScoresData) and data.version == 0:
+        products = data.products.detach() if scores._detached else data.products
+        products = products if sink is None else replace(products, sink=sink)
+        pattern = PatternData(data.layout, 0.0, data.origin).of(products)
+        if not scores._detached:
+            data.patterns = (*data.patterns, pattern) if data.is_lazy else ()
+    else:
+        pattern = BlockData(data.layout, 0.0, data.origin)
+    if not data.is_lazy:
+        values = data.block_values()
+        values = values.detach() if scores._detached else gradients.at_use(data, values)
+        pattern.values = block_softmax(values, data.layout, sink)
+    return BlockSparsePattern(pattern, view, dtype, scores._detached)
 
 
 def matmul(pattern: Any, v: Any) -> Any:
@@ -51,10 +60,9 @@ def matmul(pattern: Any, v: Any) -> Any:
         return NotImplemented
     check_numbers("v", v, data.origin)
     full = full.expand(*shape[:2], *full.shape[-2:])
-    z = gradients.weigh(data, full)
+    z = gradients.weigh(data, full, pattern._detached)
     rows = pattern._view.rows
-    z = pattern.drop_indexed(z[:, :, rows.start : rows.stop]).to(torch.promote_types(pattern.dtype, v.dtype))
-    return z.detach() if pattern._detached and not v.requires_grad else z
+    return pattern.drop_indexed(z[:, :, rows.start : rows.stop]).to(torch.promote_types(pattern.dtype, v.dtype))
 
 
 def check_numbers(name: str, x: Tensor, origin: Origin) -> None:

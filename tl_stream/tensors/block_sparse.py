@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.data import BlockData, LazyData, Products
+from tl_stream.tensors.names import function_name
 from tl_stream.tensors.view import View
 
 _METADATA = {
@@ -59,7 +59,7 @@ class BlockSparseTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(
+        raise NotImplementedError(
             f"{func} reached a {cls.__name__} below torch's Python interface (as .T, .data, torch.tensor(x) and vmap do); "
             "it holds only kept blocks. Call .to_dense() first, or .detach()/.clone() where you used .data."
         )
@@ -175,18 +175,3 @@ class BlockSparsePattern(BlockSparseTensor):
         from tl_stream.tensors.retained import retained_mass
 
         return retained_mass(self)
-
-
-def function_name(func: Any) -> str:
-    """`add` for torch.add, Tensor.add and Tensor.__add__; `iadd`, `add_`; the attribute's name for a property."""
-    name = getattr(func, "__name__", str(func))
-    if name in ("__get__", "__set__", "__delete__"):
-        attribute = getattr(func.__self__, "__name__", "")
-        return attribute if name == "__get__" else f"set {attribute}"
-    return name[2:-2] if name.startswith("__") and name.endswith("__") else name
-
-
-def rows_to_blocks(x: Tensor, layout: BlockLayout) -> Tensor:
-    """`[batch, head_index, query_pos, ...]` as `[batch, head_index, q_block, block_q, ...]`, padded with zeros."""
-    missing = -x.shape[2] % layout.block_q
-    return pad(x, (0, 0) * (x.dim() - 3) + (0, missing)).unflatten(2, (-1, layout.block_q))

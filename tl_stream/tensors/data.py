@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ class Products:
         scale: Factor on q . k.
         score_mods: What was applied to the scaled q . k, in turn.
         sink: A logit beside the keys in the softmax, `[batch or 1, head_index or 1, query_pos or 1, 1]`; None: none.
+        versions: How often q and k had been changed in place when this was made.
     """
 
     q: Float[Tensor, "batch head_index query_pos d_head"]
@@ -59,6 +60,22 @@ class Products:
     scale: float = 1.0
     score_mods: Sequence[ScoreMod] = ()
     sink: Float[Tensor, "_ _ _ 1"] | None = None
+    versions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.versions:
+            object.__setattr__(self, "versions", self._versions())
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError where q or k were changed in place since: what would be recomputed is no longer what was."""
+        if self.versions != self._versions():
+            raise RuntimeError(
+                "q or k was changed in place after the model had used it, so that this pattern can't be recomputed any more "
+                "(it shares their memory). Change a clone() of the cached activation instead."
+            )
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(0 if x.is_inference() else x._version for x in (self.q, self.k))
 
     @property
     def requires_grad(self) -> bool:
@@ -68,16 +85,19 @@ class Products:
 
     def attend(self, v: Tensor, layout: BlockLayout, backend: str) -> tuple[Tensor, Tensor]:
         """z and log-sum-exp over the kept blocks."""
+        self.check_unchanged()
         return sparse_attention(
             self.q, self.k, v, layout, scale=self.scale, score_mods=self.score_mods, sink=self.sink, backend=backend
         )
 
     def block_scores(self, layout: BlockLayout) -> Tensor:
         """Scores on the kept blocks, in q's dtype or float32, whichever is wider."""
+        self.check_unchanged()
         return block_scores(self.q, self.k, layout, scale=self.scale, score_mods=self.score_mods)
 
     def scores_at(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Float[Tensor, " entry"]:
         """Scores at single entries, given as four index tensors `[entry]`, mask not applied."""
+        self.check_unchanged()
         group = self.q.shape[1] // self.k.shape[1]
         wide = torch.promote_types(self.q.dtype, torch.float32)
         parts = []
@@ -93,6 +113,7 @@ class Products:
         sink = self.sink
         if sink is not None:
             sink = sink.expand(self.q.shape[0], self.q.shape[1], -1, -1)[texts][:, heads]
+        self.check_unchanged()
         return Products(self.q[texts][:, heads], self.k[texts][:, heads // group], self.scale, mods, sink)
 
     def stored_tensors(self) -> list[Tensor]:
@@ -112,7 +133,8 @@ class Products:
         """The same on another device."""
         if self.q.device == device:
             return self
-        return replace(self, q=self.q.to(device), k=self.k.to(device), sink=None if self.sink is None else self.sink.to(device))
+        sink = None if self.sink is None else self.sink.to(device)
+        return replace(self, q=self.q.to(device), k=self.k.to(device), sink=sink, versions=())
 
 
 @dataclass(eq=False)
@@ -125,8 +147,9 @@ class BlockData:
         origin: Where it comes from.
         values: Values on the kept blocks, `[batch, head_index, q_block, block_q, key]`; None: not made (yet).
         version: Number of writes so far.
-        watches: Told the gradient of the values at their next use (see `gradients.watch`).
-        tap: Where the gradient of a lazy pattern can be had while the graph lives (see `gradients.Tap`).
+        watches: Backward hooks that are told the gradient of the values at their next use (`gradients.Watch`).
+        taps: Where the gradient of a lazy pattern can be had while the graph lives (`gradients.Tap`), one a use.
+        read_late: Whether values were made with a graph after the first use, so that taps don't tell everything.
     """
 
     layout: BlockLayout
@@ -134,13 +157,24 @@ class BlockData:
     origin: Origin
     values: Tensor | None = None
     version: int = 0
-    watches: tuple[Callable[[Tensor], None], ...] = ()
-    tap: weakref.ref[Any] | None = None
+    watches: tuple[Any, ...] = ()
+    taps: tuple[weakref.ref[Any], ...] = ()
+    read_late: bool = False
 
     @property
     def requires_grad(self) -> bool:
         """Whether gradients flow through the values."""
         return self.values is not None and self.values.requires_grad
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether gradients flow through the values, whether or not gradients are enabled right now."""
+        return self.values is not None and self.values.requires_grad
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the model (or somebody) has used this without making its values."""
+        return bool(self.taps)
 
     def make(self) -> Tensor:
         """The values of what has not been written to."""
@@ -156,8 +190,9 @@ class BlockData:
             return self.values
         self._check_size()
         made = self.make()
-        if made.requires_grad and self.tap is None:
-            self.values = made  # not used yet, so it is what the graph will use: a gradient must find this very tensor
+        if made.requires_grad and not self.is_used:
+            self.values = made  # it is what the graph will use: a gradient must find this very tensor
+        self.read_late = self.read_late or (made.requires_grad and self.is_used)
         return made
 
     def entries(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Shaped[Tensor, " entry"]:
@@ -272,6 +307,12 @@ class LazyData(BlockData):
     def requires_grad(self) -> bool:
         return super().requires_grad or self.lazy_requires_grad
 
+    @property
+    def in_graph(self) -> bool:
+        products = self.products
+        inputs = (products.q, products.k, *(() if products.sink is None else (products.sink,)))
+        return super().in_graph or any(x.requires_grad for x in inputs)
+
     def to(self: Lazy, device: torch.device) -> Lazy:
         return BlockData.to(self, device).of(self.products.to(device))
 
@@ -284,10 +325,14 @@ class ScoresData(LazyData):
     """Scores that are recomputed from q and k.
 
     Attributes:
-        pattern: What their softmax gave, once it was taken.
+        patterns: What their softmax gave, each time it was taken.
     """
 
-    pattern: PatternData | None = None
+    patterns: tuple[PatternData, ...] = ()
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self.patterns)
 
     def make(self) -> Tensor:
         return self.products.block_scores(self.layout)
@@ -327,9 +372,10 @@ class PatternData(LazyData):
         scores = self.products.scores_at(batch, head, query_pos, key_pos)
         return (scores - self.row_lse()[batch, head, query_pos]).exp()
 
-    def weigh(self, v: Tensor) -> Tensor:
+    def weigh(self, v: Tensor, detached: bool) -> Tensor:
         """`pattern @ v` by the fused kernel, which makes no values; remembers the log-sum-exp."""
-        z, lse = self.products.attend(v, self.layout, self.origin.config.backend)
+        products = self.products.detach() if detached else self.products
+        z, lse = products.attend(v, self.layout, self.origin.config.backend)
         self.lse = lse.detach()
         return z
 

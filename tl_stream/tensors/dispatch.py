@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_stream.tensors import attention_ops, elementwise, gradients, indexing, reductions, sink
-from tl_stream.tensors.block_sparse import BlockSparseTensor, function_name
+from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.names import function_name, is_in_place
+from tl_stream.tensors.slice_view import SliceView
 
 Handler = Callable[..., Any]
 
@@ -16,11 +19,16 @@ Handler = Callable[..., Any]
 def run(func: Any, args: tuple, kwargs: dict) -> Any:
     """Carry out `func`, which was called with at least one sparse tensor."""
     name = function_name(func)
+    args, kwargs = _normalised(args, kwargs)
+    if isinstance(kwargs.get("out"), BlockSparseTensor) or kwargs.get("inplace") or name.startswith("set "):
+        raise NotImplementedError(
+            f"{name}: writing to a sparse tensor by out=, inplace=True or an attribute; assign to x[...]."
+        )
     handler = _HANDLERS.get(name)
     result = handler(*args, **kwargs) if handler else NotImplemented
     if result is NotImplemented and name in elementwise.NAMES:
         result = elementwise.run(name, func, args, kwargs)
-    if result is NotImplemented and elementwise.is_in_place(name):
+    if result is NotImplemented and is_in_place(name, kwargs):
         result = elementwise.run_in_place(name, args, kwargs)
     return make_dense(name, func, args, kwargs) if result is NotImplemented else result
 
@@ -29,27 +37,39 @@ def make_dense(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     """Carry `func` out on ordinary tensors, where they are small enough; in-place results are written back.
 
     Raises:
-        TypeError: A sparse tensor has more than `config.max_dense` entries.
+        NotImplementedError: A sparse tensor has more than `config.max_dense` entries.
     """
     sparse = [x for x in _flatten((args, kwargs)) if isinstance(x, BlockSparseTensor)]
     if not sparse:
-        raise TypeError(f"{name}() got sparse tensors in a place where they can't be found: {args!r}, {kwargs!r}.")
+        raise NotImplementedError(f"{name}() got sparse tensors in a place where they can't be found: {args!r}, {kwargs!r}.")
     for tensor in sparse:
         origin = tensor._data.origin
         if tensor.numel() > origin.config.max_dense:
-            raise TypeError(
+            raise NotImplementedError(
                 f"{name}() is not known to {type(tensor).__name__} of layer {origin.layer}, and making it dense would take "
                 f"{tuple(tensor.shape)} = {tensor.numel():,} entries (config.max_dense is {origin.config.max_dense:,}). "
                 "Take a part first (a head and some rows, or a window), call .to_dense() where that is meant, or work on "
                 ".row_values()."
             )
     sparse[0]._data.origin.fallbacks[name] += 1
-    dense_args, dense_kwargs = _map((args, kwargs))
+    copies: list[tuple[BlockSparseTensor, Tensor]] = []
+    dense_args, dense_kwargs = _map((args, kwargs), copies)
     result = func(*dense_args, **dense_kwargs)
-    if elementwise.is_in_place(name) and isinstance(args[0], BlockSparseTensor):
+    if is_in_place(name, kwargs) and isinstance(args[0], BlockSparseTensor):
         indexing.write(args[0], (..., slice(None)), dense_args[0])
         return args[0]
+    for tensor, dense in copies:
+        result = SliceView.of(dense, tensor, lambda grid: grid)._follow(result)
     return result
+
+
+def _normalised(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """numpy's `axis` for `dim`, and `input=` as the first argument, as torch takes them."""
+    if "axis" in kwargs:
+        kwargs = {**{key: value for key, value in kwargs.items() if key != "axis"}, "dim": kwargs["axis"]}
+    if "input" in kwargs and not args:
+        args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+    return args, kwargs
 
 
 def _flatten(x: Any) -> list[Any]:
@@ -60,13 +80,15 @@ def _flatten(x: Any) -> list[Any]:
     return [x]
 
 
-def _map(x: Any) -> Any:
+def _map(x: Any, copies: list[tuple[BlockSparseTensor, Tensor]]) -> Any:
+    """`x` with every sparse tensor made dense; `copies` notes them."""
     if isinstance(x, BlockSparseTensor):
-        return x.to_dense()
+        copies.append((x, x.to_dense()))
+        return copies[-1][1]
     if isinstance(x, tuple | list):
-        return type(x)(_map(item) for item in x)
+        return type(x)(_map(item, copies) for item in x)
     if isinstance(x, dict):
-        return {key: _map(value) for key, value in x.items()}
+        return {key: _map(value, copies) for key, value in x.items()}
     return x
 
 
@@ -81,11 +103,12 @@ def _setitem(tensor: Any, key: Any, value: Any) -> Any:
     return None
 
 
-def _by_coordinates(name: str) -> Handler:
-    """Functions that only pick entries."""
+def _by_coordinates(name: str, is_view: bool) -> Handler:
+    """Functions that only pick entries; `is_view`: what torch's gives is a view."""
+    take = indexing.part if is_view else indexing.window
 
     def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return indexing.window(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
+        return take(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
 
     return handler
 
@@ -100,9 +123,8 @@ def _unbind(tensor: Any, dim: int = 0) -> Any:
     return tuple(_select(tensor, dim, i) for i in range(tensor.shape[dim]))
 
 
-def _squeeze(tensor: Any, *dims: Any) -> Any:
-    wanted = range(tensor.dim()) if not dims else (dims[0] if isinstance(dims[0], tuple) else dims)
-    positions = {d % tensor.dim() for d in wanted}
+def _squeeze(tensor: Any, dim: Any = None) -> Any:
+    positions = reductions.dimensions(tensor, dim)
     key = tuple(0 if d in positions and tensor.shape[d] == 1 else slice(None) for d in range(tensor.dim()))
     return indexing.read(tensor, key)
 
@@ -133,7 +155,10 @@ def _convert(name: str) -> Handler:
             return type(tensor)(moved, tensor._view, probe.dtype, tensor._detached)
         if probe.dtype == tensor.dtype:
             return tensor
-        return type(tensor)(tensor._data.fork(), tensor._view, probe.dtype, tensor._detached)
+        data = tensor._data.fork()
+        if data.values is not None and not data.values.is_floating_point():
+            data.values, data.fill = data.values.to(probe.dtype), float(data.fill)
+        return type(tensor)(data, tensor._view, probe.dtype, tensor._detached)
 
     return handler
 
@@ -150,9 +175,10 @@ _HANDLERS: dict[str, Handler] = {
     "unbind": _unbind,
     "iter": _iterate,
     "squeeze": _squeeze,
-    "diagonal": _by_coordinates("diagonal"),
-    "index_select": _by_coordinates("index_select"),
+    "diagonal": _by_coordinates("diagonal", True),
+    "index_select": _by_coordinates("index_select", False),
     "detach": _detach,
+    "data": _detach,
     "clone": _clone,
     "deepcopy": _deepcopy,
     "contiguous": _same_data,

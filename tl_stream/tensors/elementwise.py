@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors import indexing
-from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
+from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData, PatternData, relayout
+from tl_stream.tensors.names import IN_PLACE_OPERATORS
 from tl_stream.tensors.view import View
 
 _BASE = {
@@ -24,13 +25,7 @@ _BASE = {
 _OPERATORS = {
     "radd", "rsub", "rmul", "rdiv", "truediv", "rtruediv", "floordiv", "rpow", "invert", "and", "or", "rand", "ror",
 }  # fmt: skip
-_IN_PLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "idiv": "div", "itruediv": "div", "ipow": "pow"}
 NAMES = _BASE | _OPERATORS
-
-
-def is_in_place(name: str) -> bool:
-    """Whether an operation of that name changes its first argument."""
-    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -61,13 +56,14 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     if fill is None:
         return NotImplemented
     result = func(*map(at_blocks, args), **{key: at_blocks(x) for key, x in kwargs.items()})
-    return rewrap(leader, BlockData(layout, fill, leader._data.origin, result, watches=leader._data.watches))
+    watches = dict.fromkeys(each for x in sparse for each in x._data.watches)
+    return rewrap(leader, BlockData(layout, fill, leader._data.origin, result, watches=tuple(watches)))
 
 
 def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
     """`x.mul_(...)` and `x *= ...` as the plain operation, written back; NotImplemented where that is not known."""
     target = args[0]
-    base = _IN_PLACE_OPERATORS.get(name, name[:-1])
+    base = IN_PLACE_OPERATORS.get(name, name[:-1])
     if not isinstance(target, BlockSparseTensor):
         return NotImplemented
     if base in ("zero", "fill"):
@@ -75,10 +71,11 @@ def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
         return target
     if base not in _BASE:
         return NotImplemented
-    result = run(base, getattr(Tensor, base), args, kwargs)
+    with torch.set_grad_enabled(torch.is_grad_enabled() or target._data.in_graph):
+        result = run(base, getattr(Tensor, base), args, kwargs)
     if result is NotImplemented:
         return NotImplemented
-    whole = target._view.is_whole(target._data.layout.shape)
+    whole = target._view.is_whole(target._data.layout.shape) and not target._detached
     if whole and result._data.layout is target._data.layout:
         target._data.values, target._data.fill = result._data.values.to(target.dtype), result.fill
         target._data.version += 1
@@ -123,8 +120,8 @@ def _uniform(leader: BlockSparseTensor, value: Any, dtype: torch.dtype) -> Block
 
 
 def _never_nan(tensor: BlockSparseTensor) -> bool:
-    """A lazy pattern: its kernel gives 0, never NaN, for a row that reads nothing."""
-    return isinstance(tensor, BlockSparsePattern) and isinstance(tensor._data, PatternData) and tensor._data.is_lazy
+    """A pattern as the softmax gave it: that gives 0, never NaN, for a row that reads nothing."""
+    return isinstance(tensor._data, PatternData) and tensor._data.version == 0
 
 
 def _uniform_choice(condition: Any, chosen: Any, other: Any) -> Any:

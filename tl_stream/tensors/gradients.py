@@ -8,7 +8,8 @@ part of the graph.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import Module
 from tl_stream.attention.gather import value_products, weigh_values
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData, ScoresData
+from tl_stream.tensors.data import BlockData, PatternData, ScoresData, relayout
 from tl_stream.tensors.view import View
 
 
@@ -42,16 +43,27 @@ class _KeepAlive(torch.autograd.Function):
         return grad, None
 
 
-def weigh(data: BlockData, v: Tensor) -> Tensor:
-    """`pattern @ v`, `[batch, head_index, query_pos, d_v]`, watched by whoever wants the pattern's gradient."""
-    if not isinstance(data, PatternData) or not data.is_lazy:
-        return weigh_values(at_use(data, data.block_values()), v, data.layout)
-    z = data.weigh(v)
-    if not z.requires_grad:
-        return z
-    tap = Tap(z, v.detach())
-    data.tap = weakref.ref(tap)
-    return _KeepAlive.apply(z, tap)
+class Watch:
+    """Backward hooks of one HookPoint, on the values of one sparse tensor."""
+
+    def __init__(self, tensor: BlockSparseTensor, point: Module) -> None:
+        self.tensor, self.point = tensor, point
+        self.layout = tensor._data.layout
+        self.hooks = list(point._backward_hooks.values())
+        self.at_output: list[BlockSparseTensor] = []
+
+    def note(self, grad: Tensor, layout: BlockLayout) -> None:
+        """Remember the gradient where the values are used, after the forward hooks have edited them."""
+        self.at_output.append(as_gradient(self.tensor, grad, layout))
+
+    def deliver(self, grad: Tensor) -> Tensor:
+        """Call the hooks with grad_input and grad_output, once the gradient has come back to where the values were made."""
+        output = self.at_output.pop() if self.at_output else as_gradient(self.tensor, grad, self.layout)
+        for hook in self.hooks:
+            result = hook(self.point, (as_gradient(self.tensor, grad, self.layout),), (output,))
+            if result is not None:
+                grad = _values_of(result[0] if isinstance(result, tuple) else result, self.layout, grad)
+        return grad
 
 
 def watch(tensor: BlockSparseTensor, hook_point: Module) -> None:
@@ -59,36 +71,41 @@ def watch(tensor: BlockSparseTensor, hook_point: Module) -> None:
 
     What a hook returns replaces the gradient that flows on, as for any module.
     """
-    data, hooks = tensor._data, list(hook_point._backward_hooks.values())
-    if not hooks or not torch.is_grad_enabled() or not data.requires_grad:
+    data = tensor._data
+    watched = any(other.point is hook_point for other in data.watches)
+    if watched or not hook_point._backward_hooks or not torch.is_grad_enabled() or not data.requires_grad:
         return
-    at_output: list[Tensor] = []
-
-    def deliver(grad: Tensor) -> Tensor:
-        output = as_gradient(tensor, at_output.pop() if at_output else grad)
-        for hook in hooks:
-            result = hook(hook_point, (as_gradient(tensor, grad),), (output,))
-            if result is not None:
-                grad = _values_of(result[0] if isinstance(result, tuple) else result, data.layout, grad)
-        return grad
-
-    data.block_values().register_hook(deliver)
-    data.watches = (*data.watches, at_output.append)
+    new = Watch(tensor, hook_point)
+    data.block_values().register_hook(new.deliver)
+    data.watches = (*data.watches, new)
 
 
 def at_use(data: BlockData, values: Tensor) -> Tensor:
     """`values`, on their way into the model: their gradient is shown to those who watch."""
     if not values.requires_grad:
         return values
-    for note in data.watches:
+    layout = data.layout
+    for each in data.watches:
         values = values.view_as(values)
-        values.register_hook(lambda grad, note=note: note(grad))
+        values.register_hook(lambda grad, each=each: each.note(grad, layout))
     return values
 
 
-def as_gradient(like: BlockSparseTensor, values: Tensor) -> BlockSparseTensor:
-    """Gradient values on the kept blocks of `like`, as a tensor of its shape; 0 elsewhere."""
-    layout = like._data.layout
+def weigh(data: BlockData, v: Tensor, detached: bool) -> Tensor:
+    """`pattern @ v`, `[batch, head_index, query_pos, d_v]`, watched by whoever wants the pattern's gradient."""
+    if not isinstance(data, PatternData) or not data.is_lazy:
+        values = data.block_values()
+        return weigh_values(values.detach() if detached else at_use(data, values), v, data.layout)
+    z = data.weigh(v, detached)
+    if detached or not z.requires_grad:
+        return z
+    tap = Tap(z, v.detach())
+    data.taps = (*data.taps, weakref.ref(tap))
+    return _KeepAlive.apply(z, tap)
+
+
+def as_gradient(like: BlockSparseTensor, values: Tensor, layout: BlockLayout) -> BlockSparseTensor:
+    """Gradient values on the blocks of `layout`, as a tensor of the shape of `like`; 0 elsewhere."""
     data = BlockData(layout, 0.0, like._data.origin, values.masked_fill(~layout.allowed(), 0))
     return BlockSparseTensor(data, like._view, like.dtype)
 
@@ -102,29 +119,36 @@ def narrowed_view(tensor: BlockSparseTensor, data: BlockData) -> View:
 
 
 def _values_of(grad: Any, layout: BlockLayout, like: Tensor) -> Tensor:
-    if isinstance(grad, BlockSparseTensor) and grad._data.layout.kv_indices is layout.kv_indices:
-        return grad._data.block_values().to(like.dtype)
-    raise TypeError(
-        f"A backward hook on attention scores or pattern returned {type(grad).__name__}; expected the sparse gradient that it "
-        "was given, changed, or None."
-    )
-
-
-def _leaf(data: BlockData) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The tensor in the graph that stands for `data`, and how its gradient becomes that of `data`."""
-    if data.values is not None and data.values.requires_grad:
-        return data.values, lambda grad: grad
-    if isinstance(data, ScoresData) and data.pattern is not None:
-        pattern = data.pattern
-        leaf, finish = _leaf(pattern)
-        return leaf, lambda grad: _through_softmax(pattern, finish(grad))
-    tap = data.tap() if data.tap is not None else None
-    if tap is None:
-        raise RuntimeError(
-            "This sparse tensor is not part of a graph (any more): run the model with gradients enabled, keep the "
-            "output alive, and take the gradient of something that was computed from it."
+    if not isinstance(grad, BlockSparseTensor) or grad._data.layout.shape != layout.shape:
+        raise TypeError(
+            f"A backward hook on attention scores or pattern returned {type(grad).__name__}; expected the sparse gradient "
+            "that it was given, changed, or None."
         )
-    return tap.z, lambda grad: value_products(grad, tap.v, data.layout)
+    values = grad._data.block_values().to(like.dtype)
+    own = grad._data.layout
+    return values if own.kv_indices is layout.kv_indices else relayout(values, own, layout, 0.0)
+
+
+Leaf = tuple[Tensor, Callable[[Tensor], Tensor]]
+
+
+def _leaves(data: BlockData) -> list[Leaf]:
+    """The tensors in the graph that stand for `data`, and how the gradient of each becomes part of that of `data`."""
+    if data.read_late:
+        raise RuntimeError(
+            "Values of this sparse tensor were read with gradients after the model had used it; its gradient would miss "
+            "one of the two. Read values inside the hook, or under torch.no_grad()."
+        )
+    if data.values is not None and data.values.requires_grad:
+        return [(data.values, lambda grad: grad)]
+    if isinstance(data, ScoresData):
+        return [_before_softmax(pattern, *leaf) for pattern in data.patterns for leaf in _leaves(pattern)]
+    taps = [tap for tap in (ref() for ref in data.taps) if tap is not None]
+    return [(tap.z, partial(value_products, v=tap.v, layout=data.layout)) for tap in taps]
+
+
+def _before_softmax(pattern: PatternData, leaf: Tensor, finish: Callable[[Tensor], Tensor]) -> Leaf:
+    return leaf, lambda grad: _through_softmax(pattern, finish(grad))
 
 
 def _through_softmax(pattern: PatternData, grad: Tensor) -> Tensor:
@@ -135,25 +159,49 @@ def _through_softmax(pattern: PatternData, grad: Tensor) -> Tensor:
 
 def _grad(*args: Any, **kwargs: Any) -> Any:
     """`tensor.grad`, and `torch.autograd.grad(outputs, inputs)` with sparse tensors among the inputs."""
-    if isinstance(args[0], BlockSparseTensor):
-        values = args[0]._data.values
-        return None if values is None or values.grad is None else as_gradient(args[0], values.grad)
-    outputs, inputs, *rest = args
+    if len(args) == 1 and not kwargs:
+        data = args[0]._data
+        return None if data.values is None or data.values.grad is None else as_gradient(args[0], data.values.grad, data.layout)
+    return _autograd_grad(*args, **kwargs)
+
+
+def _autograd_grad(outputs: Any, inputs: Any, *, allow_unused: bool | None = None, **kwargs: Any) -> Any:
+    if any(isinstance(x, BlockSparseTensor) for x in (outputs if isinstance(outputs, tuple | list) else (outputs,))):
+        raise NotImplementedError("torch.autograd.grad of a sparse tensor: expected ordinary outputs; reduce it first.")
+    if kwargs.get("create_graph"):
+        raise NotImplementedError("create_graph=True is not supported for sparse attention; gradients are of first order.")
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    leaves = [_leaf(x._data) if isinstance(x, BlockSparseTensor) else (x, lambda grad: grad) for x in inputs]
-    grads = torch.autograd.grad(outputs, [leaf for leaf, _ in leaves], *rest, **kwargs)
-    return tuple(
-        as_gradient(x, finish(grad)) if isinstance(x, BlockSparseTensor) and grad is not None else grad
-        for x, grad, (_, finish) in zip(inputs, grads, leaves, strict=True)
-    )
+    leaves: list[list[Leaf]] = [_leaves(x._data) if isinstance(x, BlockSparseTensor) else [(x, _unchanged)] for x in inputs]
+    flat = [leaf for group in leaves for leaf, _ in group]
+    found = iter(torch.autograd.grad(outputs, flat, allow_unused=True, **kwargs) if flat else ())
+    return tuple(_gather(x, group, found, bool(allow_unused)) for x, group in zip(inputs, leaves, strict=True))
+
+
+def _gather(x: Tensor, leaves: list[Leaf], found: Iterator[Tensor | None], allow_unused: bool) -> Tensor | None:
+    """The gradient of one input: the sum over the tensors that stand for it."""
+    parts = [finish(grad) for _, finish in leaves if (grad := next(found)) is not None]
+    if not parts and not allow_unused:
+        raise RuntimeError(
+            "One of the inputs is not part of the graph of the outputs (any more): run the model with gradients enabled, "
+            "keep the output alive, and take the gradient of something computed from it. allow_unused=True gives None."
+        )
+    if not parts:
+        return None
+    total = sum(parts[1:], parts[0])
+    return as_gradient(x, total, x._data.layout) if isinstance(x, BlockSparseTensor) else total
+
+
+def _unchanged(grad: Tensor) -> Tensor:
+    return grad
 
 
 def _register_hook(tensor: BlockSparseTensor, hook: Callable[[Any], Any]) -> Any:
     """`tensor.register_hook(f)`: f gets the sparse gradient; what it returns replaces it."""
+    layout = tensor._data.layout
 
     def on_values(grad: Tensor) -> Tensor | None:
-        result = hook(as_gradient(tensor, grad))
-        return None if result is None else _values_of(result, tensor._data.layout, grad)
+        result = hook(as_gradient(tensor, grad, layout))
+        return None if result is None else _values_of(result, layout, grad)
 
     return _in_graph(tensor).register_hook(on_values)
 
@@ -162,8 +210,19 @@ def _retain_grad(tensor: BlockSparseTensor) -> None:
     _in_graph(tensor).retain_grad()
 
 
+def _requires_grad_(tensor: BlockSparseTensor, requires_grad: bool = True) -> Any:
+    if not requires_grad and not tensor._data.in_graph:
+        return tensor
+    raise NotImplementedError("requires_grad_() is not supported on a sparse tensor: it has no values of its own in a graph.")
+
+
 def _in_graph(tensor: BlockSparseTensor) -> Tensor:
-    values = tensor._data.block_values() if tensor._data.requires_grad else None
+    if tensor._data.is_used:
+        raise RuntimeError(
+            "This sparse tensor was used by the model already, so that a hook would not see its gradient. Do this inside a "
+            "forward hook, or take torch.autograd.grad(loss, tensor)."
+        )
+    values = tensor._data.block_values() if tensor._data.requires_grad and not tensor._detached else None
     if values is None or not values.requires_grad:
         raise RuntimeError("This sparse tensor is not part of a graph: run the model with gradients enabled.")
     return values
@@ -173,4 +232,5 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "grad": _grad,
     "register_hook": _register_hook,
     "retain_grad": _retain_grad,
+    "requires_grad_": _requires_grad_,
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.view import Selection, View
+from tl_stream.tensors.view import Selection, View, is_integer
 
 MAX_WINDOW = 2**24
 
@@ -31,9 +31,12 @@ def read(tensor: BlockSparseTensor, key: Any) -> Tensor:
     if view is not None:
         return tensor.alias(view)
     found = window(tensor, lambda grid: grid[key])
-    if selection is None:
-        return found
-    return SliceView.of(found, tensor, key)
+    return SliceView.of(found, tensor, lambda grid: grid[key]) if _is_basic(key) else found
+
+
+def part(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor]) -> SliceView:
+    """As `window`, for what torch gives as a view: in-place changes go back to the tensor."""
+    return SliceView.of(window(tensor, pick), tensor, pick)
 
 
 def window(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
@@ -53,12 +56,14 @@ def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
         ValueError: A value other than `fill` for an entry outside the kept blocks.
     """
     selection = tensor._view.index(key)
-    if isinstance(value, BlockSparseTensor):
-        _write_sparse(tensor, key, value)
-    elif selection is not None and _is_scalar(value):
-        _write_scalar(tensor._data, selection, value)
-    else:
-        _write_entries(tensor, key, value)
+    # Also under no_grad: a graph that has begun must not end at a write, or q and k would get no gradient at all.
+    with torch.set_grad_enabled(torch.is_grad_enabled() or tensor._data.in_graph):
+        if isinstance(value, BlockSparseTensor):
+            _write_sparse(tensor, key, value)
+        elif selection is not None and _is_scalar(value):
+            _write_scalar(tensor._data, selection, value)
+        else:
+            write_picked(tensor, lambda grid: grid[key], value)
     tensor._data.version += 1
 
 
@@ -90,10 +95,21 @@ def _in_blocks(data: BlockData, batch: Tensor, head: Tensor, rows: Tensor, keys:
     return inside & batch[:, None, None, None, None] & head[:, None, None, None]
 
 
-def _write_entries(tensor: BlockSparseTensor, key: Any, value: Any, extend: bool = False) -> None:
-    """Values for single entries, given by any index."""
+def write_part(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor], value: Tensor) -> None:
+    """What `part` gave, changed, goes back.
+
+    Raises:
+        ValueError: As `write`.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() or tensor._data.in_graph):
+        write_picked(tensor, pick, value)
+    tensor._data.version += 1
+
+
+def write_picked(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor], value: Any, extend: bool = False) -> None:
+    """Values for the entries that `pick` takes; `extend`: blocks that they need are kept from here on."""
     data = tensor._data
-    grids = [grid[key] for grid in tensor._view.coordinates(data.layout.device)]
+    grids = [pick(grid) for grid in tensor._view.coordinates(data.layout.device)]
     _check_window(tensor, grids[0])
     extend = extend or (isinstance(value, SliceView) and value.is_sparse_part)
     source = torch.as_tensor(value, device=data.layout.device)
@@ -131,7 +147,7 @@ def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor)
         own = data.block_values()
         data.values = own.index_put(data.locate(flat[0], flat[1], flat[2], flat[3], slot), numbers.to(own.dtype))
     elif value.numel() <= MAX_WINDOW:
-        _write_entries(tensor, key, value.to_dense(), extend=value.fill == tensor.fill)
+        write_picked(tensor, lambda grid: grid[key], value.to_dense(), extend=value.fill == tensor.fill)
     else:
         raise ValueError(
             f"A sparse tensor of shape {tuple(value.shape)} can't be written to {key!r} of one of shape "
@@ -176,8 +192,14 @@ def _lost(data: BlockData, number: int, value: Any) -> ValueError:
         f"{number:,} of the entries written to (first value: {value}) lie outside the kept blocks of layer "
         f"{data.origin.layer}, where every entry is {data.fill}; the write would be lost. Keep those blocks: raise "
         f"k (now at most {layout.n_slots} of {layout.n_kv_blocks} key blocks a row), force them with keep_sink or "
-        "keep_local, or put the layer into dense_layers."
+        "keep_local, or put the layer into dense_layers. (A knock-out of scores is a write of -inf.)"
     )
+
+
+def _is_basic(key: Any) -> bool:
+    """Whether torch gives a view for this index: ints, slices, None and Ellipsis only."""
+    items = key if isinstance(key, tuple) else (key,)
+    return all(x is None or x is Ellipsis or isinstance(x, slice) or is_integer(x) for x in items)
 
 
 def _is_scalar(value: Any) -> bool:

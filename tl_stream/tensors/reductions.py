@@ -18,7 +18,7 @@ def _keys(tensor: BlockSparseTensor) -> tuple[Int[Tensor, ...], Bool[Tensor, ...
     _, used = layout.rows()
     keys = layout.key_positions()
     real = used.repeat_interleave(layout.block_k, -1) & (keys < layout.mask.key_length)
-    rows = torch.tensor(tensor._view.rows, device=layout.device, dtype=torch.long) // layout.block_q
+    rows = torch.arange(tensor._view.rows.start, tensor._view.rows.stop, device=layout.device) // layout.block_q
     return tensor.drop_indexed(keys[:, :, rows]), tensor.drop_indexed(real[:, :, rows])
 
 
@@ -43,7 +43,7 @@ def _column_sum(tensor: BlockSparseTensor) -> Any:
 
 
 def _sum(tensor: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    dims = _dims(tensor, dim)
+    dims = dimensions(tensor, dim)
     n = tensor.dim()
     if n - 1 in dims:
         total, done = _row_sum(tensor), n - 1
@@ -66,7 +66,7 @@ def _mean(tensor: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = N
     if total is NotImplemented:
         return NotImplemented
     count = 1
-    for d in _dims(tensor, dim):
+    for d in dimensions(tensor, dim):
         count *= tensor.shape[d]
     return total / count
 
@@ -77,6 +77,8 @@ def _extreme(largest: bool) -> Callable[..., Any]:
 
     def along_keys(tensor: Any) -> tuple[Tensor, Tensor]:
         values = tensor.row_values()
+        if not values.shape[-1]:
+            return values.new_full(values.shape[:-1], tensor.fill), torch.zeros(values.shape[:-1], dtype=torch.long)
         keys, real = _keys(tensor)
         kept = values.masked_fill(~real, worst)
         best = kept.max(-1) if largest else kept.min(-1)
@@ -149,11 +151,15 @@ def _topk(tensor: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool
     return torch.return_types.topk((best.values, keys.gather(-1, best.indices)))
 
 
-def _dims(tensor: Any, dim: Any) -> list[int]:
+def dimensions(tensor: Any, dim: Any) -> list[int]:
+    """The dimensions that `dim` names, counted from 0; all of them for None."""
     n = tensor.dim()
     if dim is None or dim == ():
         return list(range(n))
-    return sorted({d % n for d in (dim if isinstance(dim, tuple | list) else (dim,))})
+    dims = dim if isinstance(dim, tuple | list) else (dim,)
+    if any(not -n <= d < n for d in dims):
+        raise IndexError(f"dim was {dim}; expected dimensions from {-n} to {n - 1}.")
+    return sorted({d % n for d in dims})
 
 
 _max, _min = _extreme(True), _extreme(False)

@@ -35,14 +35,15 @@ def retained_mass(pattern: BlockSparseTensor) -> Float[Tensor, "*batch_and_head 
 
 
 @torch.no_grad()
-def exact_rows(pattern: BlockSparseTensor, rows: Sequence[int]) -> Float[Tensor, "batch head_index row key_pos"]:
+def exact_rows(pattern: BlockSparseTensor, rows: Sequence[int]) -> Float[Tensor, "*batch_and_head row key_pos"]:
     """See `SparseActivationCache.exact_rows`."""
     data, products = _recomputable(pattern)
     layout = data.layout
     n_queries, n_keys = layout.seq_lengths
-    if any(not 0 <= row < n_queries for row in rows):
-        raise IndexError(f"rows were {list(rows)}; expected query positions from 0 to {n_queries - 1}.")
-    index = torch.tensor(list(rows), device=layout.device, dtype=torch.long)
+    shown = pattern._view.rows
+    if any(not 0 <= row < len(shown) for row in rows):
+        raise IndexError(f"rows were {list(rows)}; expected query positions from 0 to {len(shown) - 1}.")
+    index = torch.tensor([shown[row] for row in rows], device=layout.device, dtype=torch.long)
     batch, head, query_pos, key_pos = torch.meshgrid(
         torch.arange(layout.batch, device=layout.device),
         torch.arange(layout.n_heads, device=layout.device),
@@ -54,12 +55,13 @@ def exact_rows(pattern: BlockSparseTensor, rows: Sequence[int]) -> Float[Tensor,
     scores = scores.masked_fill(~layout.mask.allows(batch, query_pos, key_pos), -torch.inf)
     if products.sink is not None:
         sink = products.sink.expand(layout.batch, layout.n_heads, n_queries, 1)[:, :, index]
-        return torch.cat([scores, sink.to(scores)], -1).softmax(-1)[..., :-1].nan_to_num(0.0)
-    return scores.softmax(-1).nan_to_num(0.0)
+        scores = torch.cat([scores, sink.to(scores)], -1)
+    full = scores.softmax(-1)[..., :n_keys].nan_to_num(0.0)
+    return pattern.drop_indexed(full)
 
 
 def _recomputable(pattern: BlockSparseTensor) -> tuple[PatternData, Products]:
     data = pattern._selected()
-    if not isinstance(data, PatternData) or not data.is_lazy:
+    if not isinstance(data, PatternData) or pattern._data.version:
         raise TypeError("This needs a pattern that can be recomputed from q and k; this one was written to.")
     return data, data.products

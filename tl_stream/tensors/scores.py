@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Alibi, Bias, Scale, ScoreMod, Tanh
 from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.attention_ops import check_numbers, softmax
-from tl_stream.tensors.block_sparse import _METADATA, BlockSparseScores, function_name
+from tl_stream.tensors.block_sparse import _METADATA, BlockSparseScores
 from tl_stream.tensors.data import Origin, Products, ScoresData
+from tl_stream.tensors.names import function_name
 
 
 class AttentionScores(Tensor):
@@ -45,7 +47,7 @@ class AttentionScores(Tensor):
         handler = _HANDLERS.get(name)
         result = handler(*args, **(kwargs or {})) if handler else NotImplemented
         if result is NotImplemented:
-            raise TypeError(
+            raise NotImplementedError(
                 f"{name}() is not known on attention scores that are still a product of q and k. Known are scaling by a "
                 "number, tanh, adding a bias that does not vary over both query and key, and the mask; afterwards, in "
                 "hook_attn_scores, the scores are sparse and know more."
@@ -54,7 +56,7 @@ class AttentionScores(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{func} needs dense attention scores, which are never made.")
+        raise NotImplementedError(f"{func} needs dense attention scores, which are never made.")
 
     def with_mod(self, mod: ScoreMod) -> AttentionScores:
         """The scores with one more thing applied."""
@@ -82,17 +84,26 @@ class AttentionScores(Tensor):
         """
         if self.mask is None:
             raise ValueError("mask: no causal mask was applied to the scores; bidirectional attention is not supported.")
-        products, config = self.products, self.origin.config
+        products, config = self.products, self._layer_config()
+        batch, _, n_queries, n_keys = self.shape
+        if not batch or not n_queries:
+            raise ValueError(f"The input was of {batch} texts of {n_queries} tokens; expected at least one of each.")
         check_numbers("q", products.q, self.origin)
         check_numbers("k", products.k, self.origin)
         if self.origin.dense:
-            layout = BlockLayout.full(self.mask, config.block_q, config.block_k, *products.q.shape[:2])
+            blocks = min(config.block_q, n_queries), min(config.block_k, n_keys)
+            layout = BlockLayout.full(self.mask, *blocks, *products.q.shape[:2])
         else:
             layout = estimate_layout(
                 products.q, products.k, config, mask=self.mask, scale=products.scale, score_mods=products.score_mods
             )
         data = ScoresData(layout, -torch.inf, self.origin).of(products)
         return BlockSparseScores(data, dtype=self.dtype)
+
+    def _layer_config(self) -> StreamConfig:
+        """The run's config; random choices differ by layer."""
+        config = self.origin.config
+        return config if config.seed is None else replace(config, seed=config.seed * 1_000_003 + self.origin.layer)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AttentionScores(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.origin.layer})"
@@ -146,7 +157,7 @@ def _to(scores: Any, *args: Any, **kwargs: Any) -> Any:
     q, k = products.q.to(*args, **kwargs), products.k.to(*args, **kwargs)
     if q is products.q and k is products.k:
         return scores
-    return AttentionScores(replace(products, q=q, k=k), scores.origin, scores.mask)
+    return AttentionScores(replace(products, q=q, k=k, versions=()), scores.origin, scores.mask)
 
 
 def _softmax(scores: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_stream.tensors.attention_ops import pattern_of
-from tl_stream.tensors.block_sparse import _METADATA, BlockSparsePattern, BlockSparseScores, function_name
+from tl_stream.tensors.block_sparse import _METADATA, BlockSparsePattern, BlockSparseScores
+from tl_stream.tensors.names import function_name
 
 
 class WithSink(Tensor):
@@ -40,12 +41,14 @@ class WithSink(Tensor):
         handler = _HANDLERS.get(name)
         result = handler(*args, **(kwargs or {})) if handler else NotImplemented
         if result is NotImplemented:
-            raise TypeError(f"{name}() is not known on sparse scores with a sink column; edit them in hook_attn_scores.")
+            raise NotImplementedError(
+                f"{name}() is not known on sparse scores with a sink column; edit them in hook_attn_scores."
+            )
         return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{func} needs dense attention scores, which are never made.")
+        raise NotImplementedError(f"{func} needs dense attention scores, which are never made.")
 
 
 class _RowMaximum(Tensor):

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tl_stream.tensors.names import function_name, is_in_place
 
 
 class SliceView(Tensor):
     """Behaves as the tensor it is, except that in-place operations also write through, as those on a torch view do.
 
     It remembers the buffer that was read, and where from; whatever shares the buffer's memory (`view[2:5]`) is
-    a SliceView as well. Results of ordinary operations are plain tensors.
+    a SliceView as well. Results of ordinary operations are plain tensors; arrays that share its memory are read-only.
     """
 
     _buffer: Tensor
     _parent: Any
-    _key: Any
+    _pick: Callable[[Tensor], Tensor]
     _version_read: int
 
     @classmethod
-    def of(cls, buffer: Tensor, parent: Any, key: Any) -> SliceView:
-        """Entries `parent[key]`, read just now."""
-        return cls._share(buffer, buffer, parent, key, parent._data.version)
+    def of(cls, buffer: Tensor, parent: Any, pick: Callable[[Tensor], Tensor]) -> SliceView:
+        """The entries that `pick` takes from `parent`, read just now into `buffer`."""
+        return cls._share(buffer, buffer, parent, pick, parent._data.version)
 
     @classmethod
-    def _share(cls, part: Tensor, buffer: Tensor, parent: Any, key: Any, version: int) -> SliceView:
+    def _share(cls, part: Tensor, buffer: Tensor, parent: Any, pick: Callable[[Tensor], Tensor], version: int) -> SliceView:
         view = part.as_subclass(cls)
-        view._buffer, view._parent, view._key, view._version_read = buffer, parent, key, version
+        view._buffer, view._parent, view._pick, view._version_read = buffer, parent, pick, version
         return view
 
     @property
@@ -38,34 +42,45 @@ class SliceView(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from tl_stream.tensors.block_sparse import BlockSparseTensor, function_name
+        from tl_stream.tensors.block_sparse import BlockSparseTensor
 
-        kwargs = kwargs or {}
-        if not all(issubclass(t, Tensor) and not issubclass(t, BlockSparseTensor) for t in types):
+        if any(issubclass(t, BlockSparseTensor) for t in types):
             return NotImplemented
-        view = next((a for a in args if isinstance(a, SliceView) and a.is_sparse_part), None)
-        target = args[0] if args and isinstance(args[0], SliceView) and args[0].is_sparse_part else None
-        plain = [_plain(a) for a in args]
+        kwargs = kwargs or {}
         name = function_name(func)
-        if target is not None and _is_in_place(name):
-            target._check_fresh()
-            result = func(*plain, **{key: _plain(value) for key, value in kwargs.items()})
+        written = kwargs.get("out", args[0] if args and is_in_place(name, kwargs) else None)
+        target = written if isinstance(written, SliceView) and written.is_sparse_part else None
+        views = [x for x in (*args, *kwargs.values()) if isinstance(x, SliceView) and x.is_sparse_part]
+        for view in views:
+            view._refresh()
+        result = func(*(_plain(x) for x in args), **{key: _plain(value) for key, value in kwargs.items()})
+        if target is not None:
             target._commit()
             return None if name == "setitem" else target
-        result = func(*plain, **{key: _plain(value) for key, value in kwargs.items()})
-        if view is not None and isinstance(result, Tensor) and _shares_memory(result, view._buffer):
-            return cls._share(result, view._buffer, view._parent, view._key, view._version_read)
+        return views[0]._follow(result) if views else result
+
+    def _follow(self, result: Any) -> Any:
+        """`result`, where it shares the buffer's memory, as something that can't lose a write."""
+        if isinstance(result, tuple | list) and type(result) in (tuple, list):
+            return type(result)(self._follow(item) for item in result)
+        if isinstance(result, np.ndarray):
+            result.flags.writeable = False
+        if isinstance(result, Tensor) and _shares_memory(result, self._buffer):
+            return self._share(result, self._buffer, self._parent, self._pick, self._version_read)
         return result
 
-    def _check_fresh(self) -> None:
+    def _refresh(self) -> None:
+        """Read the entries again if the sparse tensor was written to since, as a view would see them."""
+        from tl_stream.tensors.indexing import window
+
         if self._parent._data.version != self._version_read:
-            raise RuntimeError(
-                "This part of a sparse tensor was read before the tensor was written to elsewhere; writing it back would "
-                "undo that. Index the sparse tensor again, then write."
-            )
+            self._buffer.copy_(window(self._parent, self._pick))
+            self._version_read = self._parent._data.version
 
     def _commit(self) -> None:
-        self._parent[self._key] = self._buffer
+        from tl_stream.tensors.indexing import write_part
+
+        write_part(self._parent, self._pick, self._buffer)
         self._version_read = self._parent._data.version
 
 
@@ -75,14 +90,6 @@ def _plain(x: Any) -> Any:
     if isinstance(x, tuple | list) and any(isinstance(item, SliceView) for item in x):
         return type(x)(_plain(item) for item in x)
     return x
-
-
-def _is_in_place(name: str) -> bool:
-    if name == "setitem":
-        return True
-    if name.endswith("_"):
-        return name not in ("requires_grad_", "retain_grad_", "share_memory_")
-    return name in ("iadd", "isub", "imul", "idiv", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor")
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

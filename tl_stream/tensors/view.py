@@ -120,8 +120,8 @@ class Selection:
 
 
 def _index(axis: Axis, device: torch.device) -> Tensor:
-    indices = [axis] if isinstance(axis, int) else axis
-    return torch.tensor(indices, dtype=torch.long, device=device)
+    indices = range(axis, axis + 1) if isinstance(axis, int) else axis
+    return torch.arange(indices.start, indices.start + len(indices) * indices.step, indices.step, device=device)
 
 
 def _pick(axis: range, item: Any) -> Axis:
@@ -134,7 +134,7 @@ def _pick(axis: range, item: Any) -> Axis:
 def _expand(key: Any, n_dims: int) -> list[int | slice] | None:
     """One int or slice a dimension; None if the index holds anything else."""
     items = list(key) if isinstance(key, tuple) else [key]
-    items = [int(x) if _is_integer(x) else x for x in items]
+    items = [int(x) if is_integer(x) else x for x in items]
     if any(not (isinstance(x, int | slice) or x is Ellipsis) for x in items):
         return None
     given = sum(x is not Ellipsis for x in items)
@@ -146,7 +146,8 @@ def _expand(key: Any, n_dims: int) -> list[int | slice] | None:
     return items[:at] + [slice(None)] * (n_dims - given) + items[at + 1 :]
 
 
-def _is_integer(x: Any) -> bool:
+def is_integer(x: Any) -> bool:
+    """Whether an index item is one integer (and no bool)."""
     if isinstance(x, bool):
         return False
     if isinstance(x, Tensor):
