@@ -5,7 +5,8 @@
 One model with random weights (2 layers, d_model 256, 4 heads of 64, 2 kv heads, gated MLP of 1,024, rotary), one text, no
 gradients; blocks of 64, k = 16. Each row is measured in a process of its own: seconds are the median of the repeats after a
 warm-up, peak_bytes the growth of the resident set at its highest over the loaded model, cache_bytes what the cache of the
-patterns holds. First the sparse run is checked against the dense model; nothing is reported where that fails.
+patterns holds (Linux only: it is read from /proc). First the sparse run is checked against the dense model; nothing is reported
+where that fails.
 
 - dense: `model.run_with_cache`, patterns cached
 - sparse: `model.run_with_sparse_cache`, patterns cached
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import tl_stream
 from tl_stream import StreamConfig
 
-CONFIG = StreamConfig(block_q=64, block_k=64, k=16, beam=2, leaf_queries=8)
+CONFIG = StreamConfig(block_q=64, block_k=64, k=16, beam=1, leaf_queries=8)
 METHODS = ("floor", "sparse", "dense")
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 FIT_FROM = 4096
@@ -125,7 +126,8 @@ def measure(method: str, length: int, repeats: int) -> dict[str, Any]:
     run(model, torch.randint(0, 1000, (1, 512), generator=generator))
     tokens = torch.randint(0, 1000, (1, length), generator=generator)
     model(tokens[:, :1])
-    before = peak_resident()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the highest resident set anew
     seconds, cache_bytes = [], 0
     for _ in range(repeats):
         start = time.perf_counter()
@@ -135,18 +137,16 @@ def measure(method: str, length: int, repeats: int) -> dict[str, Any]:
         "method": method,
         "tokens": length,
         "seconds": statistics.median(seconds),
-        "peak_bytes": peak_resident() - before,
+        "peak_bytes": resident("VmHWM") - before,
         "cache_bytes": cache_bytes,
         "repeats": repeats,
     }
 
 
-def peak_resident() -> int:
-    """Highest resident set of this process so far, in bytes."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def resident(field: str) -> int:
+    """This process's resident set now (VmRSS) or at its highest (VmHWM), in bytes. Linux only."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def in_own_process(method: str, length: int, repeats: int) -> dict[str, Any]:

@@ -10,15 +10,19 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """`numel` is the largest number of elements of any tensor that an operation gave memory of its own."""
+    """`numel` is the largest number of elements of any tensor that an operation made; `total` their sum, views left out."""
 
     def __init__(self) -> None:
         super().__init__()
         self.numel = 0
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // max(leaf.element_size(), 1))
+                numel = leaf.untyped_storage().nbytes() // max(leaf.element_size(), 1)
+                self.numel = max(self.numel, numel)
+                self.total += 0 if leaf.untyped_storage().data_ptr() in known else numel
         return result

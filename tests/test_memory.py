@@ -56,6 +56,22 @@ def test_estimators_are_streamed(estimator: str) -> None:
     assert watch.numel <= 2 * 4096 * 64
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_work_grows_linearly(backward: bool) -> None:
+    """All memory that is ever asked for, added up: a copy of all keys in every chunk would make it quadratic."""
+
+    def total(length: int) -> int:
+        model = build("gqa", torch.float32, n_ctx=16384, n_layers=1, d_vocab=40)
+        text = torch.randint(0, 40, (1, length))
+        with LargestTensor() as watch, torch.set_grad_enabled(backward):
+            output, _ = model.run_with_sparse_cache(text, config=CONFIG)
+            if backward:
+                output.sum().backward()
+        return watch.total
+
+    assert total(8192) <= 2.2 * total(4096)
+
+
 @torch.no_grad()
 def test_reading_a_cached_pattern_takes_linear_memory() -> None:
     length = 4096

@@ -18,7 +18,7 @@ from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import ScoreMod
 
-_CHUNK_ENTRIES = 2**23
+_CHUNK_ENTRIES = 2**22
 Masses = Callable[[Problem, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -27,8 +27,8 @@ class Level(NamedTuple):
 
 
 def to_blocks(x: Float[Tensor, "batch heads pos d_head"], block: int) -> Float[Tensor, "batch heads n block d_head"]:
-    """Cut positions into blocks, the last one padded with zeros."""
-    return pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+    """Cut positions into blocks, the last one padded with zeros. Contiguous: what is cut out of it later is no copy of all."""
+    return pad(x, (0, 0, 0, -x.shape[2] % block)).contiguous().unflatten(2, (-1, block))
 
 
 def build_pyramid(

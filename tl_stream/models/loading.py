@@ -131,4 +131,4 @@ def _hooked(folder: Path, device: torch.device, dtype: torch.dtype) -> HookedTra
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = HookedTransformer(config, tokenizer=tokenizer, default_padding_side="right")
     model.load_state_dict(convert_llama_weights(source, config), strict=False)
-    return model.to(device).eval()
+    return model.eval()
