@@ -47,10 +47,10 @@ def answer(model: Any, prompt: torch.Tensor, n_tokens: int, config: Any) -> str:
 @torch.inference_mode()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 depths x 2 seeds")
+    parser.add_argument("--quick", action="store_true", help="3 depths x 1 seed, each task")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every answer there")
     options = parser.parse_args()
-    n_depths, n_seeds = (3, 2) if options.quick else (7, 8)
+    n_depths, n_seeds = (3, 1) if options.quick else (7, 4)
     depths = [i / (n_depths - 1) for i in range(n_depths)]
     model: Any = tl_stream.models.load()
     rows = []
