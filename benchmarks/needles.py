@@ -3,9 +3,9 @@
     python benchmarks/needles.py [--quick] [--json FILE]
 
 The bundled model answers niah_single_1 and niah_multikey_1 (RULER, arXiv:2404.06654) at 4,096 tokens over depths x seeds
-that its training never used, by greedy generation: densely, with Stream's choice, and with two static choices of the same
-budget (the first block and the most recent ones; random blocks). All of it with the demo's one fixed config. Intervals
-are Wilson's, at 95 %.
+that its training never used, by greedy generation: densely (the same weights in transformers, which is faster), with Stream's
+choice, and with two static choices of the same budget (the first block and the most recent ones; random blocks). All of it
+with the demo's one fixed config. Intervals are Wilson's, at 95 %.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,23 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tl_stream
+from tl_stream import StreamConfig
 from tl_stream.demo.job import CONFIG
-from tl_stream.models.evaluate import wilson
+from tl_stream.models.evaluate import generate, wilson
 from tl_stream.tasks import niah_multikey_1, niah_single_1
 
 TOKENS = 4096
 TASKS = {"niah_single_1": niah_single_1, "niah_multikey_1": niah_multikey_1}
-METHODS = {
-    "dense": None,
+METHODS = ("dense", "stream", "window + sink", "random")
+CONFIGS = {
     "stream": CONFIG,
     "window + sink": replace(CONFIG, estimator="window"),
     "random": replace(CONFIG, estimator="random", seed=0),
 }
 
 
-def answer(model: Any, prompt: torch.Tensor, n_tokens: int, config: Any) -> str:
-    with tl_stream.sparse(model, config) if config else nullcontext():
+def answer(model: Any, prompt: torch.Tensor, n_tokens: int, config: StreamConfig) -> str:
+    with tl_stream.sparse(model, config):
         output = model.generate(prompt, max_new_tokens=n_tokens, do_sample=False, verbose=False)
     return model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
 
@@ -53,12 +53,14 @@ def main() -> int:
     n_depths, n_seeds = (3, 1) if options.quick else (7, 4)
     depths = [i / (n_depths - 1) for i in range(n_depths)]
     model: Any = tl_stream.models.load()
+    dense_model = tl_stream.models.load(host="hf")
     rows = []
     jobs = [(name, depth, seed) for name in TASKS for depth in depths for seed in range(10_000, 10_000 + n_seeds)]
     for name, depth, seed in tqdm(jobs, desc="texts", file=sys.stderr):
         task = TASKS[name](model.tokenizer, TOKENS, depth=depth, seed=seed)
         prompt = model.to_tokens(task.prompt)
-        answers = {method: answer(model, prompt, len(task.value), config) for method, config in METHODS.items()}
+        answers = {method: answer(model, prompt, len(task.value), config) for method, config in CONFIGS.items()}
+        answers["dense"] = generate(dense_model, model.tokenizer, [task.prompt], len(task.value))[0]
         right = {method: task.score(text) == 1.0 for method, text in answers.items()}
         rows.append({"task": name, "depth": depth, "seed": seed, "expected": task.answer, "answers": answers, "right": right})
     _, cache = model.run_with_sparse_cache(
