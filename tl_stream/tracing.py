@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
 from tl_stream.hosts import hooked_transformer_class, host_of
-from tl_stream.tensors.data import Origin
+from tl_stream.tensors.products import Origin
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,7 +12,5 @@ def exact_masses(
     problem: Problem, query_pos: Int[Tensor, "q_block block_q"]
 ) -> tuple[Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]]:
     """Every key block and its share of the query block's attention; negative where the mask leaves nothing of it."""
-    blocks = torch.arange(problem.keys.shape[2], device=query_pos.device).expand(*problem.shape, -1)
-    first = blocks * problem.block_k
-    used = (first < problem.last_key[:, None]) & (first + problem.block_k > problem.first_key[:, None])
+    blocks, used = problem.readable_blocks()
     return blocks, block_masses(problem, query_pos, blocks, used).masked_fill(~used, -1.0)

@@ -84,6 +84,13 @@ class Problem(NamedTuple):
             return torch.zeros_like(self.batch_index)
         return self.mask.key_valid.int().argmax(-1)[:, None, None, None] // self.block_k
 
+    def readable_blocks(self) -> tuple[Int[Tensor, "batch head_index q_block kv_block"], Bool[Tensor, "q_block kv_block"]]:
+        """All key blocks, and which of them hold a key that some query of the block may read (padding aside)."""
+        blocks = torch.arange(self.keys.shape[2], device=self.keys.device)
+        first = blocks * self.block_k
+        readable = (first < self.last_key[:, None]) & (first + self.block_k > self.first_key[:, None])
+        return blocks.expand(*self.shape, -1), readable
+
     def slice(self, start: int, stop: int) -> Problem:
         """The same problem for the query blocks `start <= i < stop`. Query positions stay absolute (see `query_pos`)."""
         return self._replace(

@@ -27,8 +27,6 @@ def window_masses(problem: Problem, k: int) -> Candidates:
 
 def random_masses(problem: Problem, generator: torch.Generator) -> Candidates:
     """Every block that the mask leaves, with a random mass."""
-    blocks = torch.arange(problem.keys.shape[2], device=problem.keys.device).expand(*problem.shape, -1)
-    first = blocks * problem.block_k
-    used = (first < problem.last_key[:, None]) & (first + problem.block_k > problem.first_key[:, None])
+    blocks, used = problem.readable_blocks()
     masses = torch.rand(blocks.shape, generator=generator, device=generator.device).to(blocks.device)
     return blocks, masses.masked_fill(~used, -1.0)

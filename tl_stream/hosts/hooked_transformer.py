@@ -15,8 +15,8 @@ from tl_stream.hosts.overrides import first_hook, override_attribute, override_m
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import Origin
 from tl_stream.tensors.gradients import watch
+from tl_stream.tensors.products import Origin
 from tl_stream.tensors.scores import AttentionScores, CaptureProduct
 
 _ANY_LENGTH = 2**20

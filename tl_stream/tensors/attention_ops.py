@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tl_stream.tensors import gradients
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
-from tl_stream.tensors.data import BlockData, Origin, PatternData, ScoresData, block_softmax
+from tl_stream.tensors.data import BlockData, PatternData, ScoresData, block_softmax
+from tl_stream.tensors.products import Origin
 
 
 def softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:

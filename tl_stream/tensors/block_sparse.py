@@ -14,8 +14,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tl_stream.layout import BlockLayout
-from tl_stream.tensors.data import BlockData, LazyData, Products
+from tl_stream.tensors.data import BlockData, LazyData
 from tl_stream.tensors.names import function_name
+from tl_stream.tensors.products import Products
 from tl_stream.tensors.view import View
 
 _METADATA = {

@@ -18,8 +18,9 @@ from tl_stream.score_mod import Alibi, Bias, Scale, ScoreMod, Tanh
 from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import _METADATA, BlockSparseScores
-from tl_stream.tensors.data import Origin, Products, ScoresData
+from tl_stream.tensors.data import ScoresData
 from tl_stream.tensors.names import function_name
+from tl_stream.tensors.products import Origin, Products
 
 
 class AttentionScores(Tensor):

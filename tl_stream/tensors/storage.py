@@ -15,7 +15,8 @@ from tl_stream.config import StreamConfig
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores, BlockSparseTensor
-from tl_stream.tensors.data import BlockData, LazyData, Origin, PatternData, Products, ScoresData
+from tl_stream.tensors.data import BlockData, LazyData, PatternData, ScoresData
+from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.view import View
 
 _KINDS = {cls.__name__: cls for cls in (BlockSparseTensor, BlockSparseScores, BlockSparsePattern)}
