@@ -10,15 +10,14 @@ from torch import Tensor
 
 from tl_stream.tensors import attention_ops, elementwise, gradients, indexing, reductions, sink
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.names import function_name, is_in_place
+from tl_stream.tensors.names import is_in_place
 from tl_stream.tensors.slice_view import SliceView
 
 Handler = Callable[..., Any]
 
 
-def run(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Carry out `func`, which was called with at least one sparse tensor."""
-    name = function_name(func)
+def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Carry out `func`, which is called `name` and was called with at least one sparse tensor."""
     args, kwargs = _normalised(args, kwargs)
     if isinstance(kwargs.get("out"), BlockSparseTensor) or kwargs.get("inplace") or name.startswith("set "):
         raise NotImplementedError(

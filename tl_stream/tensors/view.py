@@ -43,6 +43,11 @@ class View:
         """All four choices, keys last."""
         return self.batch, self.head, self.rows, range(self.n_keys)
 
+    def narrowed(self) -> View:
+        """The same dimensions on data that holds only the batch elements and heads shown here."""
+        batch, head = (0 if isinstance(axis, int) else range(len(axis)) for axis in (self.batch, self.head))
+        return View(batch, head, self.rows, self.n_keys)
+
     def is_whole(self, shape: tuple[int, int, int, int]) -> bool:
         """Whether this shows everything of data of that shape, with all four dimensions."""
         return self == View.whole(shape)
