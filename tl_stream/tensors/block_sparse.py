@@ -117,10 +117,18 @@ class BlockSparseTensor(Wrapper):
         return type(self)(self._data, view or self._view, dtype or self.dtype, detached)
 
     def with_data(self, data: BlockData, detached: bool = False) -> Any:
-        """`data`, which holds the batch elements and heads shown here and nothing else, with this tensor's dimensions."""
+        """`data`, which holds nothing but the batch elements and heads to show, with this tensor's dimensions."""
         dtype = self.dtype if data.values is None else data.values.dtype
         kind = type(self) if dtype.is_floating_point else BlockSparseTensor
-        return kind(data, self._view.narrowed(), dtype, detached)
+        return kind(data, self._view.on(data.layout.batch, data.layout.n_heads), dtype, detached)
+
+    def __copy__(self) -> Any:
+        return self.alias()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from tl_stream.tensors.storage import reduced
+
+        return reduced(self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "lazy" if self._data.is_lazy else "values"

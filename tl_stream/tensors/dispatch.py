@@ -118,6 +118,12 @@ def _select(tensor: Any, dim: int, index: int) -> Any:
     return indexing.read(tensor, tuple(key))
 
 
+def _index_select(tensor: Any, dim: int, index: Tensor) -> Any:
+    key: list[Any] = [slice(None)] * tensor.dim()
+    key[dim] = index
+    return indexing.read(tensor, tuple(key))
+
+
 def _unbind(tensor: Any, dim: int = 0) -> Any:
     return tuple(_select(tensor, dim, i) for i in range(tensor.shape[dim]))
 
@@ -175,7 +181,9 @@ _HANDLERS: dict[str, Handler] = {
     "iter": _iterate,
     "squeeze": _squeeze,
     "diagonal": _by_coordinates("diagonal", True),
-    "index_select": _by_coordinates("index_select", False),
+    "index_select": _index_select,
+    "gather": _by_coordinates("gather", False),
+    "take_along_dim": _by_coordinates("take_along_dim", False),
     "detach": _detach,
     "data": _detach,
     "clone": _clone,

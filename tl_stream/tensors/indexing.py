@@ -31,6 +31,9 @@ def read(tensor: BlockSparseTensor, key: Any) -> Tensor:
     view = None if selection is None else selection.as_view(tensor.shape[-1])
     if view is not None:
         return tensor.alias(view)
+    taken = _take(tensor, key)
+    if taken is not None:
+        return taken
     found = window(tensor, lambda grid: grid[key])
     return SliceView.of(found, tensor, lambda grid: grid[key]) if _is_basic(key) else found
 
@@ -168,6 +171,30 @@ def _lost(data: BlockData, number: int, value: Any) -> ValueError:
         f"k (now at most {layout.n_slots} of {layout.n_kv_blocks} key blocks a row), force them with keep_sink or "
         "keep_local, or put the layer into dense_layers. (A knock-out of scores is a write of -inf.)"
     )
+
+
+def _take(tensor: BlockSparseTensor, key: Any) -> BlockSparseTensor | None:
+    """`tensor[key]` for a list of batch elements or heads beside slices: a copy, as in torch. None for any other index."""
+    items = list(key) if isinstance(key, tuple) else [key]
+    lists = [i for i, item in enumerate(items) if _is_list(item)]
+    if len(lists) != 1:
+        return None
+    listed = lists[0]
+    index, items[listed] = torch.as_tensor(items[listed], device=tensor.device), slice(None)
+    dim = listed - len(items) + tensor.dim() if any(item is Ellipsis for item in items[:listed]) else listed
+    selection = tensor._view.index(tuple(items))
+    view = None if selection is None else selection.as_view(tensor.shape[-1])
+    if view is None or dim >= tensor.dim() - 2:
+        return None
+    index = torch.arange(tensor.shape[dim], device=tensor.device)[index]
+    texts, heads = view.texts(tensor.device), view.heads(tensor.device)
+    is_batch = dim == 0 and isinstance(tensor._view.batch, range)
+    data = tensor._data.select(texts[index], heads) if is_batch else tensor._data.select(texts, heads[index])
+    return tensor.alias(view).with_data(data, tensor._detached)
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, list) or getattr(item, "ndim", 0) == 1
 
 
 def _is_basic(key: Any) -> bool:
