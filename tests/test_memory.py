@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import LargestTensor
-from zoo import build
+from zoo import build, gap
 
 import tl_stream
 from tl_stream import StreamConfig, estimate_layout
@@ -88,6 +88,22 @@ def test_reading_a_cached_pattern_takes_linear_memory() -> None:
         (pattern[0, 2] * 2).sum(-2)
         repr(pattern)
     assert watch.numel < length * length / 8
+
+
+@torch.no_grad()
+def test_patching_between_layouts_makes_no_index_of_single_entries() -> None:
+    model = build("gqa", torch.float32, n_ctx=8192)
+    clean, corrupted = (
+        model.run_with_sparse_cache(torch.randint(0, 40, (1, 4096)), config=CONFIG)[1]["pattern", 1] for _ in range(2)
+    )
+    values = corrupted.block_values.numel()
+    corrupted[:, 0] *= 1  # its values are made
+    with LargestTensor() as watch:
+        corrupted[:, 1] = clean[:, 1]
+    kept = corrupted.block_values.numel()
+    assert kept > values
+    assert gap(corrupted[:, 1, 1000:1200], clean[:, 1, 1000:1200]) < 1e-6
+    assert watch.total < 8 * kept
 
 
 @torch.no_grad()

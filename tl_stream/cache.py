@@ -53,6 +53,13 @@ class SparseActivationCache(ActivationCache):
         """As `ActivationCache`: a name, or a tuple such as `("pattern", layer)`."""
         return super().__getitem__(key)
 
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> SparseActivationCache:
+        """As `ActivationCache.apply_slice_to_batch_dim`; patterns stay sparse."""
+        part = super().apply_slice_to_batch_dim(batch_slice)
+        return SparseActivationCache(
+            part.cache_dict, self.model, part.has_batch_dim, config=self.config, fallbacks=self.fallbacks
+        )
+
     @property
     def patterns(self) -> dict[int, BlockSparseTensor]:
         """The cached patterns by layer."""

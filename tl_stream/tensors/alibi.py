@@ -4,39 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_stream.tensors.block_sparse import _METADATA
-from tl_stream.tensors.names import function_name
+from tl_stream.tensors.wrapper import Wrapper
 
 
-class AlibiBias(Tensor):
+class AlibiBias(Wrapper):
     """Of any length: slicing it changes nothing, and it can only be added to attention scores."""
 
+    what = "the ALiBi bias while tl_stream traces"
+    advice = "it can be added to attention scores"
     slopes: Float[Tensor, " head_index"]
 
     @staticmethod
     def __new__(cls, slopes: Float[Tensor, " head_index"], n_ctx: int) -> AlibiBias:
         """A bias for `len(slopes)` heads that reports `n_ctx` queries and keys."""
-        shape = (len(slopes), n_ctx, n_ctx)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=slopes.dtype, device=slopes.device)
+        self = cls.empty((len(slopes), n_ctx, n_ctx), slopes.dtype, slopes.device)
         self.slopes = slopes
         return self
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function_name(func)
-        if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "getitem":
             return args[0]
-        if name == "deepcopy":
-            return None  # in a copied model: not made yet
-        raise NotImplementedError(f"{name}() is not known on the ALiBi bias while tl_stream traces; it can be added to scores.")
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} needs the dense ALiBi bias, which is never made while tl_stream traces.")
+        return None if name == "deepcopy" else NotImplemented  # in a copied model: not made yet

@@ -26,7 +26,7 @@ def softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: to
 def pattern_of(scores: BlockSparseTensor, dtype: torch.dtype, sink: Tensor | None = None) -> BlockSparsePattern:
     """The softmax of scores, with a sink logit `[batch, head_index, query_pos, 1]` beside the keys or without."""
     data = scores._selected()
-    view = scores._view if data is scores._data else gradients.narrowed_view(scores, data)
+    view = scores._view if data is scores._data else scores._view.on(data.layout.batch, data.layout.n_heads)
     pattern: BlockData
     products = None
     if isinstance(data, ScoresData) and data.version == 0:

@@ -15,22 +15,16 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.data import BlockData, LazyData
-from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Products
 from tl_stream.tensors.view import View
-
-_METADATA = {
-    "shape", "ndim", "dtype", "device", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "layout",
-    "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_leaf", "grad_fn",
-    "requires_grad", "is_inference", "is_signed", "element_size", "itemsize", "stride", "ndimension", "names", "has_names",
-    "len", "hash", "get_device", "is_mkldnn", "is_vulkan", "is_ipu", "is_xla", "is_mtia", "is_maia", "is_neg", "is_conj",
-    "output_nr", "_version", "is_sparse_csr", "is_hpu",
-}  # fmt: skip
+from tl_stream.tensors.wrapper import Wrapper
 
 
-class BlockSparseTensor(Tensor):
+class BlockSparseTensor(Wrapper):
     """Entries on kept blocks, and one value (`fill`) everywhere else."""
 
+    what = "a sparse tensor that holds only kept blocks"
+    advice = "call .to_dense() first, or .detach()/.clone() where you used .data"
     _data: BlockData
     _view: View
     _detached: bool
@@ -44,26 +38,16 @@ class BlockSparseTensor(Tensor):
         view = View.whole(data.layout.shape) if view is None else view
         if dtype is None:
             dtype = data.values.dtype if data.values is not None else torch.get_default_dtype()
-        self = torch.Tensor._make_wrapper_subclass(cls, view.shape, dtype=dtype, device=data.layout.device)
+        self = cls.empty(view.shape, dtype, data.layout.device)
         self._data, self._view, self._detached = data, view, detached
         self._graph = None if detached or not isinstance(data, LazyData) else data.products
         return self
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from tl_stream.tensors.dispatch import run
 
-        if function_name(func) in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return run(func, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(
-            f"{func} reached a {cls.__name__} below torch's Python interface (as .T, .data, torch.tensor(x) and vmap do); "
-            "it holds only kept blocks. Call .to_dense() first, or .detach()/.clone() where you used .data."
-        )
+        return run(name, func, args, kwargs)
 
     @property
     def block_layout(self) -> BlockLayout:
@@ -131,6 +115,20 @@ class BlockSparseTensor(Tensor):
         """Another tensor on the same data: writes to one are seen by the other."""
         detached = self._detached if detached is None else detached
         return type(self)(self._data, view or self._view, dtype or self.dtype, detached)
+
+    def with_data(self, data: BlockData, detached: bool = False) -> Any:
+        """`data`, which holds nothing but the batch elements and heads to show, with this tensor's dimensions."""
+        dtype = self.dtype if data.values is None else data.values.dtype
+        kind = type(self) if dtype.is_floating_point else BlockSparseTensor
+        return kind(data, self._view.on(data.layout.batch, data.layout.n_heads), dtype, detached)
+
+    def __copy__(self) -> Any:
+        return self.alias()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from tl_stream.tensors.storage import reduced
+
+        return reduced(self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "lazy" if self._data.is_lazy else "values"

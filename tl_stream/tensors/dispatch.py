@@ -10,15 +10,14 @@ from torch import Tensor
 
 from tl_stream.tensors import attention_ops, elementwise, gradients, indexing, reductions, sink
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.names import function_name, is_in_place
+from tl_stream.tensors.names import is_in_place
 from tl_stream.tensors.slice_view import SliceView
 
 Handler = Callable[..., Any]
 
 
-def run(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Carry out `func`, which was called with at least one sparse tensor."""
-    name = function_name(func)
+def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Carry out `func`, which is called `name` and was called with at least one sparse tensor."""
     args, kwargs = _normalised(args, kwargs)
     if isinstance(kwargs.get("out"), BlockSparseTensor) or kwargs.get("inplace") or name.startswith("set "):
         raise NotImplementedError(
@@ -119,6 +118,12 @@ def _select(tensor: Any, dim: int, index: int) -> Any:
     return indexing.read(tensor, tuple(key))
 
 
+def _index_select(tensor: Any, dim: int, index: Tensor) -> Any:
+    key: list[Any] = [slice(None)] * tensor.dim()
+    key[dim] = index
+    return indexing.read(tensor, tuple(key))
+
+
 def _unbind(tensor: Any, dim: int = 0) -> Any:
     return tuple(_select(tensor, dim, i) for i in range(tensor.shape[dim]))
 
@@ -176,7 +181,9 @@ _HANDLERS: dict[str, Handler] = {
     "iter": _iterate,
     "squeeze": _squeeze,
     "diagonal": _by_coordinates("diagonal", True),
-    "index_select": _by_coordinates("index_select", False),
+    "index_select": _index_select,
+    "gather": _by_coordinates("gather", False),
+    "take_along_dim": _by_coordinates("take_along_dim", False),
     "detach": _detach,
     "data": _detach,
     "clone": _clone,

@@ -12,7 +12,6 @@ from tl_stream.tensors import indexing
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData, PatternData, relayout
 from tl_stream.tensors.names import IN_PLACE_OPERATORS
-from tl_stream.tensors.view import View
 
 _BASE = {
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "pow", "neg", "negative",
@@ -57,7 +56,7 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         return NotImplemented
     result = func(*map(at_blocks, args), **{key: at_blocks(x) for key, x in kwargs.items()})
     watches = dict.fromkeys(each for x in sparse for each in x._data.watches)
-    return rewrap(leader, BlockData(layout, fill, leader._data.origin, result, watches=tuple(watches)))
+    return leader.with_data(BlockData(layout, fill, leader._data.origin, result, watches=tuple(watches)))
 
 
 def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
@@ -84,20 +83,6 @@ def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
     return target
 
 
-def rewrap(template: BlockSparseTensor, data: BlockData) -> BlockSparseTensor:
-    """A tensor with the dimensions of `template` on new data of its batch elements and heads."""
-    old = template._view
-    view = View(
-        0 if isinstance(old.batch, int) else range(data.layout.batch),
-        0 if isinstance(old.head, int) else range(data.layout.n_heads),
-        old.rows,
-        old.n_keys,
-    )
-    assert data.values is not None
-    kind = type(template) if data.values.is_floating_point() else BlockSparseTensor
-    return kind(data, view, data.values.dtype)
-
-
 def empty_layout(layout: BlockLayout) -> BlockLayout:
     """A layout of the same shape that keeps nothing."""
     shape = (layout.batch, layout.n_heads, layout.n_q_blocks)
@@ -116,7 +101,7 @@ def _uniform(leader: BlockSparseTensor, value: Any, dtype: torch.dtype) -> Block
     layout = empty_layout(leader._narrow_layout())
     shape = (layout.batch, layout.n_heads, layout.n_q_blocks, layout.block_q, 0)
     values = torch.zeros(shape, dtype=dtype, device=layout.device)
-    return rewrap(leader, BlockData(layout, value, leader._data.origin, values))
+    return leader.with_data(BlockData(layout, value, leader._data.origin, values))
 
 
 def _never_nan(tensor: BlockSparseTensor) -> bool:

@@ -20,7 +20,6 @@ from tl_stream.attention.gather import value_products, weigh_values
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData, PatternData, ScoresData, relayout
-from tl_stream.tensors.view import View
 
 
 class Tap:
@@ -108,14 +107,6 @@ def as_gradient(like: BlockSparseTensor, values: Tensor, layout: BlockLayout) ->
     """Gradient values on the blocks of `layout`, as a tensor of the shape of `like`; 0 elsewhere."""
     data = BlockData(layout, 0.0, like._data.origin, values.masked_fill(~layout.allowed(), 0))
     return BlockSparseTensor(data, like._view, like.dtype)
-
-
-def narrowed_view(tensor: BlockSparseTensor, data: BlockData) -> View:
-    """The view of `tensor` on data that holds only its batch elements and heads."""
-    view = tensor._view
-    batch = 0 if isinstance(view.batch, int) else range(data.layout.batch)
-    head = 0 if isinstance(view.head, int) else range(data.layout.n_heads)
-    return View(batch, head, view.rows, view.n_keys)
 
 
 def _values_of(grad: Any, layout: BlockLayout, like: Tensor) -> Tensor:

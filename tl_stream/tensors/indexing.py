@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.row_writes import fits, write_rows
 from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.view import Selection, View, is_integer
+from tl_stream.tensors.view import Selection, is_integer
 
 MAX_WINDOW = 2**24
 
@@ -30,6 +31,9 @@ def read(tensor: BlockSparseTensor, key: Any) -> Tensor:
     view = None if selection is None else selection.as_view(tensor.shape[-1])
     if view is not None:
         return tensor.alias(view)
+    taken = _take(tensor, key)
+    if taken is not None:
+        return taken
     found = window(tensor, lambda grid: grid[key])
     return SliceView.of(found, tensor, lambda grid: grid[key]) if _is_basic(key) else found
 
@@ -136,44 +140,17 @@ def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor)
     """The rows of another sparse tensor, with the blocks that it keeps."""
     selection = tensor._view.index(key)
     view = None if selection is None else selection.as_view(tensor.shape[-1])
-    if selection is not None and view is not None and view.shape == value.shape and value.fill == tensor.fill:
-        flat, numbers = _kept_entries(value, view)
-        data = tensor._data
-        _write_scalar(data, selection, data.fill)
-        blocks = (flat[0], flat[1], flat[2] // data.layout.block_q, flat[3] // data.layout.block_k)
-        _, kept = data.layout.find(*blocks)
-        data.extend(data.layout.with_blocks(*(x[~kept] for x in blocks)))
-        slot, _ = data.layout.find(*blocks)
-        own = data.block_values()
-        data.values = own.index_put(data.locate(flat[0], flat[1], flat[2], flat[3], slot), numbers.to(own.dtype))
+    if view is not None and fits(tensor, view, value):
+        write_rows(tensor, view, value)
     elif value.numel() <= MAX_WINDOW:
         write_picked(tensor, lambda grid: grid[key], value.to_dense(), extend=value.fill == tensor.fill)
     else:
         raise ValueError(
-            f"A sparse tensor of shape {tuple(value.shape)} can't be written to {key!r} of one of shape "
-            f"{tuple(tensor.shape)}: expected whole rows of equal number. Index both to the same shape first."
+            f"A sparse tensor of shape {tuple(value.shape)} in blocks of {value._data.layout.block_q} x "
+            f"{value._data.layout.block_k} can't be written to {key!r} of one of shape {tuple(tensor.shape)} in blocks of "
+            f"{tensor._data.layout.block_q} x {tensor._data.layout.block_k}: expected whole rows, as many, in blocks of the "
+            "same size that begin at the same place. Trace both with the same block_q and block_k."
         )
-
-
-def _kept_entries(value: BlockSparseTensor, target: View) -> tuple[list[Tensor], Tensor]:
-    """Where the kept entries of `value` that differ from its fill go in `target`, as four index tensors; and they."""
-    source = value._narrow_layout()
-    n_rows = len(target.rows)
-    numbers = value.row_values().reshape(source.batch, source.n_heads, n_rows, -1)
-    device = numbers.device
-    local = torch.arange(n_rows, device=device)
-    blocks = (local + value._view.rows.start) // source.block_q
-    key_pos = source.key_positions()[:, :, blocks]
-    _, used = source.rows()
-    real = used.repeat_interleave(source.block_k, -1)[:, :, blocks] & (key_pos < source.mask.key_length)
-    keep = real & _differs(numbers, value.fill)
-    place = (
-        target.texts(device)[:, None, None, None],
-        target.heads(device)[:, None, None],
-        (local + target.rows.start)[:, None],
-        key_pos,
-    )
-    return [x.expand(numbers.shape)[keep] for x in place], numbers[keep]
 
 
 def _check_window(tensor: BlockSparseTensor, grid: Tensor) -> None:
@@ -194,6 +171,30 @@ def _lost(data: BlockData, number: int, value: Any) -> ValueError:
         f"k (now at most {layout.n_slots} of {layout.n_kv_blocks} key blocks a row), force them with keep_sink or "
         "keep_local, or put the layer into dense_layers. (A knock-out of scores is a write of -inf.)"
     )
+
+
+def _take(tensor: BlockSparseTensor, key: Any) -> BlockSparseTensor | None:
+    """`tensor[key]` for a list of batch elements or heads beside slices: a copy, as in torch. None for any other index."""
+    items = list(key) if isinstance(key, tuple) else [key]
+    lists = [i for i, item in enumerate(items) if _is_list(item)]
+    if len(lists) != 1:
+        return None
+    listed = lists[0]
+    index, items[listed] = torch.as_tensor(items[listed], device=tensor.device), slice(None)
+    dim = listed - len(items) + tensor.dim() if any(item is Ellipsis for item in items[:listed]) else listed
+    selection = tensor._view.index(tuple(items))
+    view = None if selection is None else selection.as_view(tensor.shape[-1])
+    if view is None or dim >= tensor.dim() - 2:
+        return None
+    index = torch.arange(tensor.shape[dim], device=tensor.device)[index]
+    texts, heads = view.texts(tensor.device), view.heads(tensor.device)
+    is_batch = dim == 0 and isinstance(tensor._view.batch, range)
+    data = tensor._data.select(texts[index], heads) if is_batch else tensor._data.select(texts, heads[index])
+    return tensor.alias(view).with_data(data, tensor._detached)
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, list) or getattr(item, "ndim", 0) == 1
 
 
 def _is_basic(key: Any) -> bool:

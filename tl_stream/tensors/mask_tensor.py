@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from tl_stream.masking import AttentionMask
-from tl_stream.tensors.block_sparse import _METADATA
-from tl_stream.tensors.names import function_name
+from tl_stream.tensors.wrapper import Wrapper
 
 
-class MaskTensor(Tensor):
+class MaskTensor(Wrapper):
     """Logically [batch, 1, query_pos, key_pos].
 
     Attributes:
@@ -26,6 +25,9 @@ class MaskTensor(Tensor):
         bias: What a float tensor holds beside the mask, `[batch, head_index, 1, key_pos]`; None: nothing.
     """
 
+    rank = -1  # scores and patterns know masks; masks don't know them
+    what = "the attention mask while tl_stream traces"
+    advice = "it can be sliced, converted, and applied to the attention scores"
     hides: bool
     bias: Tensor | None
     _make: Callable[[], AttentionMask]
@@ -41,8 +43,7 @@ class MaskTensor(Tensor):
         bias: Tensor | None = None,
     ) -> MaskTensor:
         """Stand for the dense form of what `make` gives, which is asked once, where it is needed."""
-        where = torch.empty(0, device=device).device
-        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=where)
+        self = cls.empty(tuple(shape), dtype, torch.empty(0, device=device).device)
         self._make, self.hides, self.bias = functools.cache(make), hides, bias
         return self
 
@@ -52,25 +53,8 @@ class MaskTensor(Tensor):
         return self._make()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function_name(func)
-        if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if any(kind not in (Tensor, torch.nn.Parameter, MaskTensor) for kind in types):
-            return NotImplemented  # scores and patterns know masks; masks don't know them
-        handler = _HANDLERS.get(name)
-        result = handler(*args, **(kwargs or {})) if handler else NotImplemented
-        if result is NotImplemented:
-            raise NotImplementedError(
-                f"{name}() is not known on the attention mask while tl_stream traces: it stands for query_pos x key_pos "
-                "entries that are never made. It can be sliced, converted, and applied to the attention scores."
-            )
-        return result
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} needs a dense attention mask, which is never made while tl_stream traces.")
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _HANDLERS[name](*args, **kwargs) if name in _HANDLERS else NotImplemented
 
     def like(self, dtype: torch.dtype, hides: bool = True) -> MaskTensor:
         """The same mask, told in another way."""

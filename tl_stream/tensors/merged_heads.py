@@ -4,49 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tl_stream.tensors.attention_ops import matmul
-from tl_stream.tensors.block_sparse import _METADATA, BlockSparsePattern
-from tl_stream.tensors.names import function_name
+from tl_stream.tensors.block_sparse import BlockSparsePattern
+from tl_stream.tensors.wrapper import Wrapper
 
 
-class MergedHeads(Tensor):
+class MergedHeads(Wrapper):
     """Logically [batch * head_index, query_pos, key_pos]; only its product with values is known."""
 
+    what = "a sparse pattern with batch and heads merged"
+    advice = "edit it in hook_pattern"
     pattern: BlockSparsePattern
 
     @staticmethod
     def __new__(cls, pattern: BlockSparsePattern) -> MergedHeads:
         """`pattern` with its first two dimensions merged."""
         shape = (pattern.shape[0] * pattern.shape[1], *pattern.shape[2:])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=pattern.dtype, device=pattern.device)
+        self = cls.empty(shape, pattern.dtype, pattern.device)
         self.pattern = pattern
         return self
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function_name(func)
-        if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if name not in ("matmul", "bmm"):
-            raise NotImplementedError(
-                f"{name}() is not known on a sparse pattern with batch and heads merged; edit it in hook_pattern."
-            )
-        return _weigh(*args)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} needs the dense attention pattern, which is never made.")
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _weigh(*args) if name in ("matmul", "bmm") else NotImplemented
 
 
-def _weigh(merged: MergedHeads, v: Tensor) -> Tensor:
+def _weigh(merged: MergedHeads, v: Tensor) -> Any:
     z = matmul(merged.pattern, v.unflatten(0, merged.pattern.shape[:2]))
-    if z is NotImplemented:
-        raise NotImplementedError(f"matmul of a pattern {tuple(merged.shape)} with values {tuple(v.shape)} is not known.")
-    return z.flatten(0, 1)
+    return z if z is NotImplemented else z.flatten(0, 1)
 
 
 def merge(pattern: Any, *shape: Any) -> MergedHeads | None:

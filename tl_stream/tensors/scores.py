@@ -17,17 +17,18 @@ from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Alibi, Bias, Scale, ScoreMod, Tanh
 from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.attention_ops import check_numbers, softmax
-from tl_stream.tensors.block_sparse import _METADATA, BlockSparseScores
+from tl_stream.tensors.block_sparse import BlockSparseScores
 from tl_stream.tensors.data import ScoresData
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.merged_heads import merge
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin, Products
+from tl_stream.tensors.wrapper import Wrapper
 
 FireHook = Callable[[Tensor], Tensor]
 
 
-class AttentionScores(Tensor):
+class AttentionScores(Wrapper):
     """Logically [batch, head_index, query_pos, key_pos]; holds q, k, the mask and the score mods.
 
     Attributes:
@@ -37,6 +38,11 @@ class AttentionScores(Tensor):
         hooks: Where the model takes the softmax without firing them: its `hook_attn_scores` and `hook_pattern`.
     """
 
+    what = "attention scores that are still a product of q and k"
+    advice = (
+        "known are scaling by a number, tanh, adding a bias that does not vary over both query and key, and the mask; "
+        "afterwards, in hook_attn_scores, the scores are sparse and know more"
+    )
     products: Products
     origin: Origin
     mask: AttentionMask | None
@@ -52,30 +58,13 @@ class AttentionScores(Tensor):
     ) -> AttentionScores:
         """Scores of `products`."""
         q, k = products.q, products.k
-        shape = (*q.shape[:3], k.shape[2])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=q.dtype, device=q.device)
+        self = cls.empty((*q.shape[:3], k.shape[2]), q.dtype, q.device)
         self.products, self.origin, self.mask, self.hooks = products, origin, mask, hooks
         return self
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function_name(func)
-        if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        handler = _HANDLERS.get(name)
-        result = handler(*args, **(kwargs or {})) if handler else NotImplemented
-        if result is NotImplemented:
-            raise NotImplementedError(
-                f"{name}() is not known on attention scores that are still a product of q and k. Known are scaling by a "
-                "number, tanh, adding a bias that does not vary over both query and key, and the mask; afterwards, in "
-                "hook_attn_scores, the scores are sparse and know more."
-            )
-        return result
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} needs dense attention scores, which are never made.")
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _HANDLERS[name](*args, **kwargs) if name in _HANDLERS else NotImplemented
 
     def with_mod(self, mod: ScoreMod) -> AttentionScores:
         """The scores with one more thing applied."""

@@ -14,13 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_stream.tensors.attention_ops import pattern_of
-from tl_stream.tensors.block_sparse import _METADATA, BlockSparsePattern, BlockSparseScores
-from tl_stream.tensors.names import function_name
+from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores
+from tl_stream.tensors.wrapper import Wrapper
 
 
-class WithSink(Tensor):
+class WithSink(Wrapper):
     """Scores or a pattern with one more key column, logically [batch, head_index, query_pos, key_pos + 1]."""
 
+    what = "sparse scores with a sink column"
+    advice = "edit them in hook_attn_scores"
     sparse: BlockSparseScores | BlockSparsePattern
     column: Float[Tensor, "batch head_index query_pos 1"] | None
 
@@ -28,27 +30,13 @@ class WithSink(Tensor):
     def __new__(cls, sparse: Any, column: Tensor | None) -> WithSink:
         """`sparse` beside `column` (None: not needed any more)."""
         shape = (*sparse.shape[:-1], sparse.shape[-1] + 1)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sparse.dtype, device=sparse.device)
+        self = cls.empty(shape, sparse.dtype, sparse.device)
         self.sparse, self.column = sparse, column
         return self
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function_name(func)
-        if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        handler = _HANDLERS.get(name)
-        result = handler(*args, **(kwargs or {})) if handler else NotImplemented
-        if result is NotImplemented:
-            raise NotImplementedError(
-                f"{name}() is not known on sparse scores with a sink column; edit them in hook_attn_scores."
-            )
-        return result
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} needs dense attention scores, which are never made.")
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _HANDLERS[name](*args, **kwargs) if name in _HANDLERS else NotImplemented
 
 
 class _RowMaximum(Tensor):

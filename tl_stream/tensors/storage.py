@@ -1,10 +1,10 @@
-"""Sparse tensors as named ordinary tensors and a JSON-able description, and back."""
+"""Sparse tensors as named ordinary tensors and a JSON-able description, and back; also for pickle and `torch.save`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from tl_stream.tensors.view import View
 _KINDS = {cls.__name__: cls for cls in (BlockSparseTensor, BlockSparseScores, BlockSparsePattern)}
 _DATA = {cls.__name__: cls for cls in (BlockData, ScoresData, PatternData)}
 _MODS: dict[str, Callable[..., Any]] = {
-    cls.__name__: cls for cls in (score_mod.Scale, score_mod.Tanh, score_mod.Alibi, score_mod.Bias)
+    cls.__name__: cls
+    for cls in (score_mod.Scale, score_mod.Tanh, score_mod.Alibi, score_mod.Bias, score_mod.OnSubset, score_mod.FromRow)
 }
 
 
@@ -89,10 +90,12 @@ class Packer:
         name = type(mod).__name__
         if name not in _MODS:
             raise TypeError(f"A score mod of type {name} can't be stored; expected one of {', '.join(_MODS)}.")
-        values = {field.name: getattr(mod, field.name) for field in fields(mod)}
-        return {"mod": name} | {
-            key: {"tensor": self.add(value)} if isinstance(value, Tensor) else value for key, value in values.items()
-        }
+        return {"kind": name} | {field.name: self._setting(getattr(mod, field.name)) for field in fields(mod)}
+
+    def _setting(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {"tensor": self.add(value)}
+        return value if isinstance(value, int | float) else self._mod(value)
 
 
 class Unpacker:
@@ -135,13 +138,30 @@ class Unpacker:
         return BlockLayout(self.get(entry["kv_indices"]), self.get(entry["kv_num_blocks"]), mask, *entry["sizes"])
 
     def _products(self, entry: dict[str, Any]) -> Products:
-        mods = []
-        for mod in entry["mods"]:
-            values = {key: self.get(x["tensor"]) if isinstance(x, dict) else x for key, x in mod.items() if key != "mod"}
-            mods.append(_MODS[mod["mod"]](**values))
-        return Products(
-            self._tensor(entry["q"]), self._tensor(entry["k"]), entry["scale"], tuple(mods), self.get(entry["sink"])
-        )
+        mods = tuple(self._setting(mod) for mod in entry["mods"])
+        return Products(self._tensor(entry["q"]), self._tensor(entry["k"]), entry["scale"], mods, self.get(entry["sink"]))
+
+    def _setting(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return self.get(value["tensor"])
+        return _MODS[value["kind"]](**{key: self._setting(x) for key, x in value.items() if key != "kind"})
+
+
+def reduced(tensor: BlockSparseTensor) -> tuple[Any, ...]:
+    """A sparse tensor for pickle: q, k, layout and log-sum-exp, or the kept values where it was written to; no gradients."""
+    packer = Packer()
+    description = packer.pack(tensor)
+    return rebuild, (packer.tensors, description, asdict(tensor._data.origin.config))
+
+
+def rebuild(tensors: dict[str, Tensor], description: dict[str, Any], settings: dict[str, Any]) -> Tensor:
+    """What `reduced` took apart."""
+    return Unpacker(tensors, StreamConfig(**settings), Counter()).unpack(description)
+
+
+torch.serialization.add_safe_globals([rebuild])
 
 
 def _axis(axis: int | range) -> int | list[int]:

@@ -43,6 +43,11 @@ class View:
         """All four choices, keys last."""
         return self.batch, self.head, self.rows, range(self.n_keys)
 
+    def on(self, batch: int, heads: int) -> View:
+        """The same dimensions, rows and keys, on data of so many batch elements and heads, all of them shown."""
+        kept = (0 if isinstance(axis, int) else range(n) for axis, n in ((self.batch, batch), (self.head, heads)))
+        return View(*kept, self.rows, self.n_keys)
+
     def is_whole(self, shape: tuple[int, int, int, int]) -> bool:
         """Whether this shows everything of data of that shape, with all four dimensions."""
         return self == View.whole(shape)

@@ -1,0 +1,62 @@
+"""`Wrapper`: what all tensors that stand for a query_pos x key_pos tensor without holding one have in common."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tl_stream.tensors.names import function_name
+
+_METADATA = {
+    "shape", "ndim", "dtype", "device", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "layout",
+    "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_leaf", "grad_fn",
+    "requires_grad", "is_inference", "is_signed", "element_size", "itemsize", "stride", "ndimension", "names", "has_names",
+    "len", "hash", "get_device", "is_mkldnn", "is_vulkan", "is_ipu", "is_xla", "is_mtia", "is_maia", "is_neg", "is_conj",
+    "output_nr", "_version", "is_sparse_csr", "is_hpu",
+}  # fmt: skip
+
+
+class Wrapper(Tensor):
+    """A `torch.Tensor` of a shape, dtype and device, without data. What code does to it arrives in `carry_out`.
+
+    Attributes:
+        rank: Among several kinds of wrappers in one call, the one of the highest rank carries it out.
+        what: What it is, for error messages.
+        advice: How to go on, for error messages.
+    """
+
+    rank: ClassVar[int] = 0
+    what: ClassVar[str]
+    advice: ClassVar[str]
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """An instance of that shape."""
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    @classmethod
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of `func`, which is called `name`; NotImplemented where it isn't known."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, function_name(func)
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if any(issubclass(kind, Wrapper) and kind.rank > cls.rank for kind in types):
+            return NotImplemented
+        result = cls.carry_out(name, func, args, kwargs)
+        if result is NotImplemented:
+            raise NotImplementedError(f"{name}() is not known on {cls.what}; {cls.advice}.")
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(
+            f"{func} reached {cls.what} below torch's Python interface (as torch.tensor(x) and vmap do), where there is "
+            f"nothing to compute with; {cls.advice}."
+        )
