@@ -1,11 +1,12 @@
 """What differs between the kinds of models that TransformerLens has: where the seam is, and where masks come from.
 
-A host is a module with `why_not(model)`, `install(model, origin_of, stack)` and `unchanged_on_error(run_arguments)`:
-one for HookedTransformer, one for TransformerBridge.
+A host is a module with `why_not(model)`, `attention_layers(model)`, `install(model, origin_of, stack)` and
+`unchanged_on_error(run_arguments)`: one for HookedTransformer, one for TransformerBridge.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -42,3 +43,28 @@ def host_of(model: Any) -> ModuleType:
         f"model was a {type(model).__name__}; expected a {expected} of transformer_lens (encoders and encoder-decoder "
         "models are not causal, and remote drivers don't compute attention here)."
     )
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a model can be traced: true or false, and why.
+
+    Attributes:
+        layers: The layers whose attention is traced; others (of hybrid models) run as they are.
+        reason: Why the model can't be traced; None where it can.
+    """
+
+    layers: tuple[int, ...]
+    reason: str | None
+
+    def __bool__(self) -> bool:
+        return self.reason is None
+
+
+def supports(model: Any) -> Support:
+    """Whether `run_with_sparse_cache` and `sparse` take a model; if not, for what reason. Runs nothing."""
+    try:
+        host = host_of(model)
+    except (TypeError, ValueError) as error:
+        return Support((), str(error))
+    return Support(tuple(host.attention_layers(model)), None)

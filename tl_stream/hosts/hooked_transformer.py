@@ -30,12 +30,17 @@ def why_not(model: Any) -> str | None:
     return None
 
 
+def attention_layers(model: Any) -> dict[int, AbstractAttention]:
+    """The attention of each layer."""
+    return {layer: block.attn for layer, block in enumerate(model.blocks)}
+
+
 def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
     """Put Stream between q . k and the softmax of every layer, until `stack` is closed."""
     stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
     stack.enter_context(first_hook(model.hook_embed, partial(check_length, n_ctx=model.cfg.n_ctx)))
-    for layer, block in enumerate(model.blocks):
-        _install_attention(block.attn, origin_of(layer), stack)
+    for layer, attn in attention_layers(model).items():
+        _install_attention(attn, origin_of(layer), stack)
 
 
 @contextmanager

@@ -19,25 +19,29 @@ from tl_stream.tensors.products import Origin
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
 
+_UNSUPPORTED = {
+    "GlmMoeDsaAttentionBridge": "it chooses keys itself (DeepSeek sparse attention)",
+    "XGLMAttention": "XGLM's code merges batch and heads before it multiplies q and k",
+}
+"""Attention modules, by the names of their classes, whose code leaves no place for Stream."""
+
 
 def why_not(model: Any) -> str | None:
     """Why a TransformerBridge can't be traced; None where it can."""
     config = getattr(model.original_model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
+    if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model, whose attention isn't causal; only decoders can be traced"
-    layers = attention_layers(model)
-    if not layers:
-        return "none of its layers has softmax attention that TransformerLens shows (attn)"
-    for layer, attn in layers.items():
-        reason = _why_not_attention(attn)
-        if reason:
-            return f"layer {layer}: {reason}"
-    return None
+    if not _is_decoder(config) or not getattr(model.adapter, "supports_causal_loss", True):
+        return "its attention is bidirectional (an encoder, or a diffusion model); only causal attention can be made sparse"
+    if not attention_layers(model):
+        return "none of its layers has softmax attention (an attn among its parts) that TransformerLens shows"
+    reasons = {layer: _why_not_attention(attn) for layer, attn in attention_layers(model).items()}
+    return next((f"layer {layer}: {reason}" for layer, reason in reasons.items() if reason), None)
 
 
 def attention_layers(model: Any) -> dict[int, AttentionBridge]:
     """The softmax attention of each layer that has one."""
-    found = {layer: block._modules.get("attn") for layer, block in enumerate(model.blocks)}
+    found = {layer: block._modules.get("attn") for layer, block in enumerate(getattr(model, "blocks", ()))}
     return {layer: attn for layer, attn in found.items() if isinstance(attn, AttentionBridge)}
 
 
@@ -71,14 +75,21 @@ def unchanged_on_error(run_arguments: dict[str, Any]) -> Iterator[None]:
         raise
 
 
+def _is_decoder(config: Any) -> bool:
+    """Whether a Hugging Face config describes a decoder. (Families that can be both say `is_decoder`.)"""
+    both = getattr(config, "model_type", None) in ("bert", "roberta")
+    return bool(getattr(config, "is_decoder", False)) if both else bool(getattr(config, "is_causal", True))
+
+
 def _why_not_attention(attn: AttentionBridge) -> str | None:
     if attn.is_cross_attention:
         return "it reads another text (cross-attention)"
-    if not getattr(attn, "is_causal", True):
-        return "its attention is bidirectional; only causal attention can be made sparse by Stream"
+    if not attn.is_causal or getattr(attn.original_component, "is_causal", None) is False:
+        return "its attention is bidirectional; only causal attention can be made sparse"
     if attn.requires_relative_position_bias:
         return "its relative position bias (T5) is a learned query_pos x key_pos table"
-    return None
+    kind = type(attn.original_component).__name__
+    return _UNSUPPORTED.get(type(attn).__name__) or _UNSUPPORTED.get(kind)
 
 
 def _head_counts(cfg: Any, attn: AttentionBridge) -> tuple[int, int]:
