@@ -45,12 +45,16 @@ def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: in
     Raises:
         TypeError: The model or the config is of the wrong type.
         ValueError: The model can't be traced, or the config names layers that it doesn't have. Within the context: an input
-            that is empty or longer than n_ctx, and NaN in q or k.
+            that is empty or longer than n_ctx, NaN in q or k, and a `layout_from` of another size.
+        KeyError: `layout_from` lacks a layer.
     """
     config = _check_config(config)
     _check_logits_to_keep(logits_to_keep)
     host = host_of(model)
     dense = config.dense_layer_indices(model.cfg.n_layers)
+    if config.layout_from is not None:
+        for layer in host.attention_layers(model).keys() - dense:
+            config.layout_from.block_layout(layer)
     trace = Trace(config)
     with ExitStack() as stack:
         host.install(model, lambda layer: Origin(config, layer, layer in dense, trace.fallbacks), stack)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
@@ -87,26 +86,29 @@ class AttentionScores(Wrapper):
         """
         if self.mask is None:
             raise ValueError("mask: no causal mask was applied to the scores; bidirectional attention is not supported.")
-        products, config = self.products, self._layer_config()
-        batch, _, n_queries, n_keys = self.shape
+        products = self.products
+        batch, _, n_queries, _ = self.shape
         if not batch or not n_queries:
             raise ValueError(f"The input was of {batch} texts of {n_queries} tokens; expected at least one of each.")
         check_numbers("q", products.q, self.origin)
         check_numbers("k", products.k, self.origin)
-        if self.origin.dense:
-            blocks = min(config.block_q, n_queries), min(config.block_k, n_keys)
-            layout = BlockLayout.full(self.mask, *blocks, *products.q.shape[:2])
-        else:
-            layout = estimate_layout(
-                products.q, products.k, config, mask=self.mask, scale=products.scale, score_mods=products.score_mods
-            )
-        data = ScoresData(layout, -torch.inf, self.origin).of(products)
+        data = ScoresData(self._layout(), -torch.inf, self.origin).of(products)
         return BlockSparseScores(data, dtype=self.dtype)
 
-    def _layer_config(self) -> StreamConfig:
-        """The run's config; random choices differ by layer."""
-        config = self.origin.config
-        return config if config.seed is None else replace(config, seed=config.seed * 1_000_003 + self.origin.layer)
+    def _layout(self) -> BlockLayout:
+        """The blocks to keep: all, those of an earlier run, or those of the estimate."""
+        assert self.mask is not None
+        config, products = self.origin.config, self.products
+        batch, heads, n_queries, n_keys = self.shape
+        if self.origin.dense or (config.decode == "exact" and n_queries == 1):
+            return BlockLayout.full(self.mask, min(config.block_q, n_queries), min(config.block_k, n_keys), batch, heads)
+        if config.layout_from is not None:
+            return config.layout_from.block_layout(self.origin.layer).for_run(self.mask, batch, heads)
+        if config.seed is not None:  # random choices differ by layer
+            config = replace(config, seed=config.seed * 1_000_003 + self.origin.layer)
+        return estimate_layout(
+            products.q, products.k, config, mask=self.mask, scale=products.scale, score_mods=products.score_mods
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AttentionScores(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.origin.layer})"
