@@ -15,16 +15,14 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.data import BlockData, LazyData
-from tl_stream.tensors.products import Products
+from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.view import View
-from tl_stream.tensors.wrapper import Wrapper
+from tl_stream.tensors.wrapper import SparseTensor
 
 
-class BlockSparseTensor(Wrapper):
+class BlockSparseTensor(SparseTensor):
     """Entries on kept blocks, and one value (`fill`) everywhere else."""
 
-    what = "a sparse tensor that holds only kept blocks"
-    advice = "call .to_dense() first, or .detach()/.clone() where you used .data"
     _data: BlockData
     _view: View
     _detached: bool
@@ -53,6 +51,16 @@ class BlockSparseTensor(Wrapper):
     def block_layout(self) -> BlockLayout:
         """Kept blocks of the batch elements and heads shown (all query rows)."""
         return self._narrow_layout()
+
+    @property
+    def origin(self) -> Origin:
+        """Layer and run that this comes from."""
+        return self._data.origin
+
+    @property
+    def version(self) -> int:
+        """Number of writes to the data so far."""
+        return self._data.version
 
     @property
     def fill(self) -> float | bool:
@@ -121,6 +129,11 @@ class BlockSparseTensor(Wrapper):
         dtype = self.dtype if data.values is None else data.values.dtype
         kind = type(self) if dtype.is_floating_point else BlockSparseTensor
         return kind(data, self._view.on(data.layout.batch, data.layout.n_heads), dtype, detached)
+
+    def product(self, x: Tensor, transposed: bool) -> Any:
+        from tl_stream.tensors.attention_ops import product
+
+        return product(self, x, transposed)
 
     def __copy__(self) -> Any:
         return self.alias()

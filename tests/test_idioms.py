@@ -1,0 +1,260 @@
+"""What notebooks do with patterns: on sparse ones it gives what it gives on the equally masked dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from zoo import build, gap, mask_hooks, tokens
+
+from tl_stream import SparseActivationCache, StreamConfig
+from tl_stream.tensors.wrapper import SparseTensor
+
+CONFIG = StreamConfig(block_q=8, block_k=8, k=3, beam=1, max_dense=0, dense_layers=(2,))
+T = 61
+HEADS = torch.linspace(0.5, 2, 4, dtype=torch.float64)
+
+
+def ramp(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, int(np.prod(shape)), dtype=torch.float64).reshape(shape)
+
+
+def n_keys(p: Any) -> int:
+    return p.shape[-1]
+
+
+PATTERN: dict[str, Callable[[Any], Any]] = {
+    # Head scores
+    "previous-token score": lambda p: p.diagonal(-1, -2, -1).mean(-1),
+    "induction score": lambda p: p.diagonal(dim1=-2, dim2=-1, offset=1 - n_keys(p) // 2).mean(-1),
+    "current-token score": lambda p: torch.diagonal(p, dim1=-2, dim2=-1).mean(-1),
+    "attention to the first token": lambda p: p[..., :, 0].mean(-1),
+    "paired positions": lambda p: p[..., torch.arange(1, n_keys(p)), torch.arange(n_keys(p) - 1)].mean(-1),
+    "entropy": lambda p: -(p * (p + 1e-9).log()).sum(-1),
+    "entropy where positive": lambda p: -torch.where(p > 0, p * p.log(), 0.0).sum(-1),
+    "entropy by nansum": lambda p: -(p * p.log()).nansum(-1),
+    "entropy by entr": lambda p: torch.special.entr(p).sum(-1),
+    "entropy by xlogy": lambda p: -torch.xlogy(p, p).sum(-1).mean(-1),
+    "mean distance": lambda p: (p * (torch.arange(n_keys(p))[:, None] - torch.arange(n_keys(p))).clamp(min=0)).sum(-1),
+    "effective number of keys": lambda p: 1 / (p**2).sum(-1),
+    "share above a threshold": lambda p: (p > 0.1).float().mean((-2, -1)),
+    "kept above a threshold": lambda p: p.masked_fill(p < 0.1, 0),
+    "attention received": lambda p: p.sum(-2),
+    "attention received, later half": lambda p: p[..., n_keys(p) // 2 :, :].mean(-2),
+    "maximum of each row": lambda p: p.max(-1),
+    "maximum of each column": lambda p: p.amax(-2),
+    "key most read": lambda p: p.argmax(-1),
+    "greatest entry of all": lambda p: torch.stack(torch.unravel_index(p.argmax(), p.shape)),
+    "row of the last token": lambda p: p[..., -1, :].topk(5).indices,
+    "top keys of every row": lambda p: p.topk(7).values,
+    "least entries": lambda p: p.topk(2, largest=False).values,
+    "variance over keys": lambda p: p.var(-1),
+    "deviation over queries": lambda p: p.std(-2),
+    "count of what is read": lambda p: p.count_nonzero(-1),
+    "entries read": lambda p: (p > 0.2).nonzero(),
+    "values read": lambda p: p[p > 0.2],
+    "where read": lambda p: torch.where(p > 0.2),
+    "lower triangle": lambda p: p.tril(-1).sum(-1),
+    "upper triangle": lambda p: torch.triu(p, -3).sum((-2, -1)),
+    "nothing above the diagonal": lambda p: (p - torch.tril(p)).abs().sum(),
+    # Over heads and texts
+    "mean over heads": lambda p: p.mean(-3),
+    "mean over heads of rows": lambda p: p[..., 5:30, :].mean(dim=-3, keepdim=True),
+    "variance over heads": lambda p: p.var(dim=-3),
+    "deviation over heads": lambda p: p.std(-3, unbiased=False),
+    "maximum over heads": lambda p: p.amax(-3),
+    "head that reads most": lambda p: p.max(dim=-3),
+    "sum over the first dimension": lambda p: p.sum(0),
+    "one head over texts": lambda p: p.unsqueeze(0)[:, ..., 1, :, :].mean(0),
+    "heads weighted": lambda p: (p * HEADS[:, None, None]).sum(-3),
+    "some heads": lambda p: p[..., [0, 3], :, :],
+    "heads chosen by a mask": lambda p: p[..., HEADS > 1, :, :].sum(-1),
+    "index_select": lambda p: p.index_select(-3, torch.tensor([2, 1])),
+    "two heads compared": lambda p: (p[..., 0, :, :] - p[..., 1, :, :]).abs().sum((-2, -1)),
+    "heads most alike": lambda p: torch.nn.functional.cosine_similarity(p.sum(-2)[..., :1, :], p.sum(-2), dim=-1),
+    # Parts
+    "one head": lambda p: p[..., 2, :, :],
+    "a window": lambda p: p[..., -9:, -9:],
+    "an offset window": lambda p: p[..., 5:16, :11],
+    "without the first token": lambda p: p[..., 1:21, 1:21].sum(-1),
+    "iteration": lambda p: [head.diagonal(-1, -2, -1).mean() for head in p],
+    "unbind": lambda p: p.unbind(-3)[1],
+    "split": lambda p: p.split(2, dim=-3)[1],
+    "chunk": lambda p: p.chunk(3, dim=-2)[1],
+    "narrow": lambda p: p.narrow(-2, -5, 3),
+    "gather": lambda p: p.gather(-1, torch.zeros((*p.shape[:-1], 1), dtype=torch.long)),
+    "squeeze": lambda p: p[..., :1, :, :].squeeze(-3),
+    # Arranged
+    "transposed": lambda p: p.transpose(-1, -2),
+    "mT": lambda p: p.mT,
+    "T of a head": lambda p: p.reshape(-1, *p.shape[-2:])[1].T,
+    "permuted": lambda p: p.movedim(-3, 0),
+    "heads last": lambda p: p.movedim(-3, -1),
+    "received, by transposing": lambda p: p.mT.sum(-1),
+    "rows of the transpose": lambda p: p.transpose(-2, -1)[..., :3, :],
+    "greatest of the transpose": lambda p: p.mT.amax((-1, -2)),
+    "transpose halved": lambda p: p.mT / 2 + 0,
+    "columns scaled": lambda p: p.mT * ramp(n_keys(p))[:, None],
+    "all heads in one dimension": lambda p: p.reshape(-1, *p.shape[-2:]),
+    "one of all heads": lambda p: p.flatten(0, -3)[3],
+    "each head flat": lambda p: p.flatten(-2).sum(-1),
+    "flat maximum": lambda p: p.reshape(*p.shape[:-2], -1).amax(-1),
+    "new dimension": lambda p: p.unsqueeze(1).sum(-1),
+    "unflattened heads": lambda p: p.flatten(0, -3).unflatten(0, p.shape[:-2]),
+    "contiguous": lambda p: p.mT.contiguous().mT,
+    "numpy of a reduction": lambda p: p.sum(-2).detach().float().cpu().numpy(),
+    "numpy of a row": lambda p: np.asarray(p[..., -1, :].detach().cpu()),
+    "list of a row": lambda p: torch.tensor(p[..., -1, :].tolist()),
+    # einops, einsum, products
+    "einops reduce to heads": lambda p: einops.reduce(p, "... h q k -> h", "mean"),
+    "einops reduce to rows": lambda p: einops.reduce(p, "... h q k -> ... q h", "sum"),
+    "einops reduce heads": lambda p: einops.reduce(p, "... h q k -> ... q k", "max"),
+    "einops rearrange": lambda p: einops.rearrange(p, "... h q k -> h ... q k"),
+    "einops rearrange heads": lambda p: einops.rearrange(p, "... h q k -> (... h) q k")[1],
+    "einops rearrange keys first": lambda p: einops.rearrange(p, "... q k -> k ... q"),
+    "einops repeat of a row": lambda p: einops.repeat(p[..., -1, :], "... k -> ... k twice", twice=2),
+    "einsum with v": lambda p: torch.einsum("...hqk,khd->...qhd", p, ramp(n_keys(p), 4, 3)),
+    "einsum with v and W_O": lambda p: torch.einsum("khd,...hqk,hdm->...qhm", ramp(n_keys(p), 4, 3), p, ramp(4, 3, 5)),
+    "einsum with a vector of keys": lambda p: torch.einsum("...qk,k->...q", p, ramp(n_keys(p))),
+    "einsum with a vector of queries": lambda p: torch.einsum("...qk,q->...k", p, ramp(n_keys(p))),
+    "einsum over heads": lambda p: torch.einsum("...hqk,h->...qk", p, HEADS),
+    "einsum of two": lambda p: torch.einsum("...hqk,...hqk->...h", p, p * 2),
+    "einsum that permutes": lambda p: torch.einsum("...hqk->...qkh", p),
+    "einops einsum": lambda p: einops.einsum(p, ramp(n_keys(p), 5), "... h q k, k d -> ... h q d"),
+    "times v": lambda p: p @ ramp(n_keys(p), 3),
+    "times a vector": lambda p: p @ ramp(n_keys(p)),
+    "a vector times it": lambda p: ramp(n_keys(p)) @ p,
+    "transpose times x": lambda p: p.mT @ ramp(n_keys(p), 3),
+    "rows in part, transposed": lambda p: p[..., 7:30, :].mT @ ramp(23, 3),
+    "bmm": lambda p: torch.bmm(p.flatten(0, -3), ramp(p.shape[:-2].numel(), n_keys(p), 2)),
+    "two steps of rollout": lambda p: p[..., 1, :, :] @ (p[..., 0, :, :] @ ramp(n_keys(p), 2)),
+    # Numbers and comparison
+    "half": lambda p: p.half().sum(-1),
+    "bfloat16": lambda p: p.to(torch.bfloat16).amax(-1),
+    "float, then double": lambda p: p.float().double().mean(-1),
+    "clamped": lambda p: p.clamp(0.05, 0.5),
+    "masked with a triangle": lambda p: p.masked_fill(torch.ones(T, T).triu(1).bool(), 0.0) if n_keys(p) == T else p,
+    "renormalised": lambda p: p / p.sum(-1, keepdim=True).clamp(min=1e-9),
+    "equal": lambda p: torch.tensor([torch.equal(p, p), torch.equal(p, p * 2), bool((p == p).all())]),
+    "allclose": lambda p: torch.tensor([torch.allclose(p, p + 1e-12), p.allclose(p * 1.1)]),
+    "isclose": lambda p: torch.isclose(p, p.clone()),
+    "comparison": lambda p: (p >= p[..., :1, :, :].amax()).any(-1),
+    "ratio": lambda p: (p / (1 + p)).sum(-1),
+    "rounded": lambda p: p.round(decimals=2),
+    "knocked out": lambda p: _written(p, lambda q: q[..., 1, :, 3].zero_()),
+    "small entries dropped": lambda p: _written(p, lambda q: q.__setitem__(q < 0.1, 0)),
+    "diagonal dropped": lambda p: _written(p[..., 1, :, :].reshape(-1, *p.shape[-2:])[0], lambda q: q.fill_diagonal_(0)),
+    "upper part dropped": lambda p: _written(p, lambda q: q.tril_(-1)),
+    "head swapped": lambda p: _written(p, lambda q: q[..., 0, :, :].copy_(p[..., 1, :, :])),
+    "transpose written to": lambda p: _written(p, lambda q: q.mT[..., 3, :].mul_(0)),
+    "permuted and written to": lambda p: _written(p, lambda q: q.movedim(-3, 0)[1].mul_(0.5)),
+    "flattened and written to": lambda p: _written(p, lambda q: q.flatten(0, -3)[1].mul_(0.5)),
+    # Stacked
+    "stack": lambda p: torch.stack([p, p * 2]),
+    "stack of heads": lambda p: torch.stack(list(p.unbind(-3)), dim=-3),
+    "mean of a stack": lambda p: torch.stack([p, p * 2, p.sqrt()]).mean(0),
+    "variance of a stack": lambda p: torch.stack([p, p * 2, p.sqrt()]).var(0),
+    "cat": lambda p: torch.cat([p, p * 2], dim=0).sum(-1),
+    "stack, rows": lambda p: torch.stack([p, p * 2])[:, ..., -1, :],
+}  # fmt: skip
+
+
+def _written(p: Any, write: Callable[[Any], Any]) -> Any:
+    changed = p.clone()
+    write(changed)
+    return changed
+
+
+STACK: dict[str, Callable[[Any], Any]] = {
+    "whole": lambda s: s,
+    "layer": lambda s: s[1],
+    "last layer": lambda s: s[-1],
+    "layer and head": lambda s: s[2][..., 1, :, :],
+    "layers": lambda s: s[1:],
+    "listed layers": lambda s: s[[0, 2]],
+    "head of every layer": lambda s: s[..., 1, :, :],
+    "previous-token scores": lambda s: s.diagonal(-1, -2, -1).mean(-1),
+    "diagonal": lambda s: torch.diagonal(s, offset=-2, dim1=-2, dim2=-1),
+    "last rows": lambda s: s[..., -1, :],
+    "entries": lambda s: s[..., 5, 3],
+    "paired": lambda s: s[..., torch.arange(1, T), torch.arange(T - 1)].mean(-1),
+    "sum over keys": lambda s: s.sum(-1),
+    "received": lambda s: s.mean(-2),
+    "mean over layers": lambda s: s.mean(0),
+    "mean over layers and keys": lambda s: s.mean((0, -1)),
+    "mean over layers and heads": lambda s: s.mean((0, -3)),
+    "maximum over layers": lambda s: s.amax(0),
+    "variance over layers": lambda s: s.var(0),
+    "mean of all": lambda s: s.mean(),
+    "maximum of all": lambda s: s.max(),
+    "maxima": lambda s: s.max(-1),
+    "entropy": lambda s: -(s * (s + 1e-9).log()).sum(-1),
+    "topk": lambda s: s.topk(3).values,
+    "scaled by layer": lambda s: s * ramp(3).reshape(3, *[1] * (s.dim() - 1)),
+    "einops reduce": lambda s: einops.reduce(s, "l ... h q k -> l h", "mean"),
+    "einops over layers": lambda s: einops.reduce(s, "l ... h q k -> ... h q k", "sum"),
+    "einops rearrange": lambda s: einops.rearrange(s, "l ... h q k -> ... (l h) q k").sum(-1),
+    "einsum": lambda s: torch.einsum("l...hqk,kd->l...hqd", s, ramp(T, 2)),
+    "permuted": lambda s: s.transpose(0, 1),
+    "comparison": lambda s: (s > 0.3).any(-1),
+    "equal": lambda s: torch.tensor(torch.equal(s, s.clone())),
+    "iteration": lambda s: [layer.sum(-1) for layer in s],
+    "float": lambda s: s.float().sum(-1),
+    "written to": lambda s: _written(s, lambda q: q[1].mul_(0.5)),
+    "layers written to": lambda s: _written(s, lambda q: q[1:, ..., 2, :, :].mul_(0.5)),
+    "rows written to": lambda s: _written(s, lambda q: q[..., 40, :].mul_(0.5)),
+}
+
+
+def traced(remove_batch_dim: bool = False, length: int = T, **options: Any) -> tuple[SparseActivationCache, Any]:
+    """A sparse cache, and that of the equally masked dense model."""
+    model, text = build("gqa"), tokens(length, batch=1 if remove_batch_dim else 2)
+    config = StreamConfig(**{**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__}, **options})
+    with torch.no_grad():
+        _, cache = model.run_with_sparse_cache(text, config=config, remove_batch_dim=remove_batch_dim)
+        with model.hooks(fwd_hooks=mask_hooks(cache)):
+            _, expected = model.run_with_cache(text, remove_batch_dim=remove_batch_dim)
+    return cache, expected
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["batch", "no batch"])
+def caches(request: Any) -> Any:
+    return traced(request.param)
+
+
+def same(found: Any, expected: Any) -> None:
+    """Equal numbers, in the same kind of containers; sparse where a dense result would be of query_pos x key_pos."""
+    if isinstance(expected, tuple | list):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            same(a, b)
+        return
+    if isinstance(expected, np.ndarray):
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        return
+    assert isinstance(found, Tensor)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert isinstance(found, SparseTensor) or sum(size >= T for size in expected.shape) < 2
+    assert gap(found, expected) < (1e-9 if expected.dtype == torch.float64 else 2e-2 if expected.dtype.itemsize < 4 else 1e-5)
+
+
+@pytest.mark.parametrize("name", PATTERN)
+@pytest.mark.parametrize("layer", [1, 2], ids=["sparse layer", "dense layer"])
+def test_idiom_on_a_cached_pattern(caches: Any, name: str, layer: int) -> None:
+    cache, expected = caches
+    same(PATTERN[name](cache["pattern", layer].clone()), PATTERN[name](expected["pattern", layer].clone()))
+    assert not cache.fallbacks
+
+
+@pytest.mark.parametrize("name", STACK)
+def test_idiom_on_stacked_patterns(caches: Any, name: str) -> None:
+    cache, expected = caches
+    same(STACK[name](cache.stack_activation("pattern")), STACK[name](expected.stack_activation("pattern")))
+    assert not cache.fallbacks

@@ -1,0 +1,259 @@
+"""`ArrangedTensor`: a sparse tensor whose dimensions are shown permuted, merged or beside new ones of size 1.
+
+It holds the sparse tensor and an `Arrangement`. Every function is carried out on the former, and what comes out arranged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_stream.tensors import composite, einsum, elementwise, slicing
+from tl_stream.tensors.arrangement import Arrangement
+from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.densify import flatten, make_dense
+from tl_stream.tensors.indexing import MAX_WINDOW, Picked
+from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
+from tl_stream.tensors.products import Origin
+from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.view import is_integer
+from tl_stream.tensors.wrapper import SparseTensor
+
+REARRANGING = {
+    "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "T", "mT", "t", "adjoint", "reshape", "view",
+    "flatten", "ravel", "unflatten", "unsqueeze",
+}  # fmt: skip
+
+
+class ArrangedTensor(SparseTensor):
+    """See the module. `base` is sparse by blocks, or a stack of such tensors."""
+
+    rank = 1
+    base: SparseTensor
+    arrangement: Arrangement
+
+    @staticmethod
+    def __new__(cls, base: SparseTensor, arrangement: Arrangement) -> ArrangedTensor:
+        """Show `base` in that arrangement."""
+        self = cls.empty(arrangement.shape, base.dtype, base.device)
+        self.base, self.arrangement = base, arrangement
+        return self
+
+    @classmethod
+    def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = normalised(args, kwargs)
+        leader = next(x for x in flatten((args, kwargs)) if isinstance(x, ArrangedTensor))
+        result = NotImplemented
+        if name in REARRANGING:
+            result = rearrange(leader, lambda x: func(x, *args[1:], **kwargs))
+        elif name in _HANDLERS:
+            result = _HANDLERS[name](*args, **kwargs)
+        elif name in elementwise.NAMES or name in CONVERSIONS or is_in_place(name, kwargs):
+            result = _entrywise(leader, name, func, args, kwargs)
+        elif (reduced := reduction(name, args, kwargs)) is not None and args[0] is leader:
+            result = _reduce(leader, name, func, *reduced)
+        return make_dense(name, func, args, kwargs) if result is NotImplemented else result
+
+    @property
+    def origin(self) -> Origin:
+        return self.base.origin
+
+    @property
+    def version(self) -> int:
+        return self.base.version
+
+    def to_dense(self) -> Tensor:  # type: ignore[override]
+        return self.arrangement.apply(self.base.to_dense())
+
+    def in_own_order(self, letters: str) -> tuple[Any, str] | None:
+        order = [group[0] for group in self.arrangement.groups if len(group) == 1]
+        if sorted(order) != list(range(len(letters))):
+            return None
+        return self.base, "".join(letters[order.index(d)] for d in range(len(letters)))
+
+    def product(self, x: Tensor, transposed: bool) -> Any:
+        n, groups = self.base.dim(), self.arrangement.groups
+        if groups[-2:] == ((n - 1,), (n - 2,)):
+            transposed = not transposed
+        elif groups[-2:] != ((n - 2,), (n - 1,)):
+            return NotImplemented
+        lead = (*groups[:-2], (n - 2,), (n - 1,))
+        result = self.base.product(Arrangement((*self.base.shape[:-2], *x.shape[-2:]), lead).undo(x), transposed)
+        return result if result is NotImplemented else _shown(result, lead)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (self.base, self.arrangement.groups)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ArrangedTensor(shape={tuple(self.shape)}, dimensions={self.arrangement.groups}, of={self.base!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+
+def arrange(base: SparseTensor, groups: tuple[tuple[int, ...], ...]) -> SparseTensor:
+    """`base` with its dimensions shown in those groups; itself where that is how they are."""
+    arrangement = Arrangement(tuple(base.shape), groups)
+    return base if arrangement.is_plain else ArrangedTensor(base, arrangement)
+
+
+def rebuild(base: SparseTensor, groups: Any) -> SparseTensor:
+    """What pickle took apart."""
+    return arrange(base, tuple(map(tuple, groups)))
+
+
+torch.serialization.add_safe_globals([rebuild])
+
+
+def rearrange(tensor: SparseTensor, view: Callable[[Tensor], Tensor]) -> Any:
+    """What a function that only rearranges dimensions makes of a sparse tensor; NotImplemented where it splits one."""
+    before, base = Arrangement.plain(tuple(tensor.shape)), tensor
+    if isinstance(tensor, ArrangedTensor):
+        before, base = tensor.arrangement, tensor.base
+    after = before.change(view)
+    return NotImplemented if after is None else arrange(base, after.groups)
+
+
+def _shown(result: Any, groups: tuple[tuple[int, ...], ...]) -> Any:
+    """What was computed on the base, sparse or plain, as it is shown."""
+    if isinstance(result, tuple):
+        return type(result)([_shown(x, groups) for x in result])
+    if isinstance(result, SparseTensor):
+        return arrange(result, groups)
+    return Arrangement(tuple(result.shape), groups).apply(result)
+
+
+def _entrywise(leader: ArrangedTensor, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Entry by entry, in place or not: plain operands are turned to fit the base."""
+
+    def own(x: Any) -> Any:
+        if isinstance(x, ArrangedTensor) and x.arrangement == leader.arrangement:
+            return x.base
+        if isinstance(x, SparseTensor):
+            raise _DoesNotFit
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        if torch.broadcast_shapes(x.shape, leader.shape) != leader.shape:
+            raise _DoesNotFit
+        return leader.arrangement.undo(x)
+
+    try:
+        result = func(*map(own, args), **{key: own(x) for key, x in kwargs.items()})
+    except _DoesNotFit:
+        return NotImplemented
+    return args[0] if is_in_place(name, kwargs) else _shown(result, leader.arrangement.groups)
+
+
+class _DoesNotFit(Exception):
+    """An operand is arranged in another way."""
+
+
+def _reduce(tensor: ArrangedTensor, name: str, func: Any, dim: Any, keepdim: bool, options: dict[str, Any]) -> Any:
+    """A reduction over shown dimensions, as one over the base's."""
+    if dim is None:
+        return NotImplemented if name.startswith("arg") else func(tensor.base, **options)
+    dims = slicing.dimensions(tensor, dim)
+    own = tensor.arrangement.own_dims(dims)
+    if not own:
+        kept = name in ("sum", "mean", "amax", "amin")
+        return (tensor if keepdim else tensor.squeeze(tuple(dims))) if kept else NotImplemented
+    if len(own) > 1 and name in ("max", "min", "argmax", "argmin"):
+        return NotImplemented
+    result = func(tensor.base, dim=own[0] if len(own) == 1 else own, keepdim=True, **options)
+    shown = _shown(result, tensor.arrangement.groups)
+    if keepdim:
+        return shown
+    return type(shown)([x.squeeze(tuple(dims)) for x in shown]) if isinstance(shown, tuple) else shown.squeeze(tuple(dims))
+
+
+def _topk(tensor: Any, k: int, dim: int = -1, **kwargs: Any) -> Any:
+    own = tensor.arrangement.own_dims(slicing.dimensions(tensor, dim))
+    return NotImplemented if len(own) != 1 else _shown(tensor.base.topk(k, own[0], **kwargs), tensor.arrangement.groups)
+
+
+def _plan(arrangement: Arrangement, key: Any) -> tuple[tuple[Any, ...], tuple[tuple[int, ...], ...]] | None:
+    """The base's index for an index of ints, slices, None and Ellipsis, and the groups of what it gives; None for others."""
+    items = list(key) if isinstance(key, tuple) else [key]
+    if any(not (x is None or x is Ellipsis or isinstance(x, slice) or is_integer(x)) for x in items):
+        return None
+    given = sum(x is not None and x is not Ellipsis for x in items)
+    fill = [slice(None)] * (len(arrangement.groups) - given)
+    at = next((i for i, x in enumerate(items) if x is Ellipsis), len(items))
+    items[at : at + 1] = fill
+    index: list[Any] = [slice(None)] * len(arrangement.own)
+    groups: list[tuple[int, ...]] = []
+    left = iter(zip(arrangement.groups, arrangement.shape, strict=True))
+    for item in items:
+        group, size = ((), 1) if item is None else next(left)
+        if item is None or (isinstance(item, slice) and range(size)[item] == range(size)):
+            groups.append(group)
+        elif isinstance(item, slice):
+            if len(group) != 1:
+                return None
+            index[group[0]] = item
+            groups.append(group)
+        else:
+            place = torch.unravel_index(torch.tensor(range(size)[item]), [arrangement.own[d] for d in group]) if group else ()
+            for d, i in zip(group, place, strict=True):
+                index[d] = int(i)
+    kept = [d for d, item in enumerate(index) if isinstance(item, slice)]
+    return tuple(index), tuple(tuple(kept.index(d) for d in group) for group in groups)
+
+
+def _picked(tensor: ArrangedTensor, pick: Callable[[Tensor], Tensor]) -> Picked | None:
+    """Single entries of what is shown; None where their coordinates would take too much memory."""
+    if not isinstance(tensor.base, BlockSparseTensor) or (tensor.arrangement.merges and tensor.numel() > MAX_WINDOW):
+        return None
+    return Picked(tensor.base, lambda grid: pick(tensor.arrangement.apply(grid)))
+
+
+def _getitem(tensor: Any, key: Any) -> Any:
+    if not isinstance(tensor, ArrangedTensor):
+        return NotImplemented
+    plan = _plan(tensor.arrangement, key)
+    if plan is not None:
+        return _shown(tensor.base[plan[0]], plan[1])
+    picked = _picked(tensor, lambda shown: shown[key])
+    return NotImplemented if picked is None else picked.read()
+
+
+def _setitem(tensor: Any, key: Any, value: Any) -> Any:
+    if not isinstance(tensor, ArrangedTensor):
+        tensor[key] = value.to_dense()
+        return None
+    plan = _plan(tensor.arrangement, key)
+    if plan is None:
+        picked = _picked(tensor, lambda shown: shown[key])
+        return NotImplemented if picked is None or isinstance(value, SparseTensor) else picked.write(value)
+    if isinstance(value, ArrangedTensor) and value.arrangement.groups == plan[1]:
+        value = value.base
+    elif isinstance(value, Tensor) and value.dim():
+        value = Arrangement(tuple(tensor.base[plan[0]].shape), plan[1]).undo(value)
+    tensor.base[plan[0]] = value
+    return None
+
+
+def _diagonal(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    picked = _picked(tensor, lambda shown: shown.diagonal(*args, **kwargs))
+    return NotImplemented if picked is None else SliceView.of(picked)
+
+
+def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    return ArrangedTensor(tensor.base.clone(), tensor.arrangement)
+
+
+_HANDLERS: dict[str, Callable[..., Any]] = {
+    "getitem": _getitem,
+    "setitem": _setitem,
+    "diagonal": _diagonal,
+    "topk": _topk,
+    "clone": _clone,
+    "contiguous": _clone,
+    "deepcopy": _clone,
+    **composite.HANDLERS,
+    **einsum.HANDLERS,
+    **slicing.HANDLERS,
+}
