@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import einops
 import numpy as np
 import pytest
 import torch
+from allocations import LargestTensor
+from circuitsvis import attention as circuitsvis
 from torch import Tensor
+from transformer_lens.head_detector import detect_head
 from zoo import build, gap, mask_hooks, tokens
 
+import tl_stream
 from tl_stream import SparseActivationCache, StreamConfig
 from tl_stream.tensors.wrapper import SparseTensor
 
@@ -258,3 +267,297 @@ def test_idiom_on_stacked_patterns(caches: Any, name: str) -> None:
     cache, expected = caches
     same(STACK[name](cache.stack_activation("pattern")), STACK[name](expected.stack_activation("pattern")))
     assert not cache.fallbacks
+
+
+DENSE_BY_NATURE: dict[str, Callable[[Any], Any]] = {
+    "numpy": lambda p: p.numpy(),
+    "detach, float, cpu, numpy": lambda p: p.detach().float().cpu().numpy(),
+    "np.asarray": lambda p: np.asarray(p),
+    "tolist": lambda p: p.tolist(),
+    "cumulative sum": lambda p: p.cumsum(-1),
+    "sort": lambda p: p.sort(-1),
+    "softmax of a pattern": lambda p: p.softmax(-1),
+    "difference to a dense tensor": lambda p: p - ramp(n_keys(p), n_keys(p)),
+    "composition of heads": lambda p: p @ p,
+    "p plus its transpose": lambda p: p + p.mT,
+    "expanded": lambda p: p.unsqueeze(0).expand(3, *p.shape),
+    "einops repeat": lambda p: einops.repeat(p, "... q k -> ... q k twice", twice=2),
+    "keys pooled": lambda p: einops.reduce(p[..., 1:, 1:41], "... q (k four) -> ... q k", "mean", four=4),
+    "split keys": lambda p: p.unflatten(-1, (1, -1)).cumsum(-1),
+    "quantile": lambda p: p.quantile(0.5, dim=-1),
+    "median of a stack": lambda p: torch.stack([p, p]).median(0).values,
+    "flip": lambda p: p.flip(-1),
+    "pad": lambda p: torch.nn.functional.pad(p, (1, 0)),
+    "convolution": lambda p: torch.nn.functional.avg_pool2d(p.flatten(0, -3)[None], 2),
+}
+
+
+@pytest.mark.parametrize("name", DENSE_BY_NATURE)
+def test_what_is_dense_by_nature_works_while_small_and_raises_its_size_else(name: str) -> None:
+    cache, expected = traced(max_dense=2**20)
+    found, wanted = (DENSE_BY_NATURE[name](each["pattern", 1]) for each in (cache, expected))
+    if isinstance(found, list):
+        found, wanted = torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
+    if isinstance(wanted, np.ndarray):
+        same(found, wanted)
+    else:
+        assert gap(*(x[0] if isinstance(x, tuple) else x for x in (found, wanted))) < 1e-9
+    if name != "keys pooled":  # which takes a window first
+        assert cache.fallbacks
+        strict, _ = traced()
+        with pytest.raises(NotImplementedError, match=r"\w+\(\) is not known .* would take \(.*61.*61.*\) = [\d,]+ entries"):
+            DENSE_BY_NATURE[name](strict["pattern", 1])
+
+
+LARGE = [name for name in PATTERN if name not in ("mean distance",)]  # it brings a dense T x T tensor itself
+
+
+@pytest.fixture(scope="module")
+def large() -> Any:
+    model = build("gqa", torch.float32, n_ctx=2048, n_layers=2)
+    config = StreamConfig(block_q=16, block_k=16, k=2, max_dense=0)
+    with torch.no_grad():
+        return model.run_with_sparse_cache(torch.randint(0, 40, (1, 2000)), config=config)[1]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_no_idiom_makes_a_square_tensor(large: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_stream.attention.chunks.CHUNK_ENTRIES", 2**15)
+    pattern = large["pattern", 1].double()
+    with LargestTensor() as watch:
+        PATTERN[name](pattern)
+    assert watch.numel < 2000 * 2000 / 4
+    assert not large.fallbacks
+
+
+def test_no_idiom_on_a_stack_makes_a_square_tensor(large: Any) -> None:
+    stack = large.stack_activation("pattern").double()
+    with LargestTensor() as watch:
+        stack.mean(0).sum(-1)
+        stack.diagonal(-1, -2, -1).mean(-1)
+        einops.reduce(stack, "l b h q k -> l h", "mean")
+        stack[..., 2, :, :].topk(3)
+    assert watch.numel < 2000 * 2000 / 4
+    assert not large.fallbacks
+
+
+# What hooks do: the returned pattern (None: edited in place) goes on through the model.
+IN_HOOKS: dict[str, Callable[[Any], Any]] = {
+    "rearranged and back": lambda p: einops.rearrange(einops.rearrange(p, "b h q k -> h b q k"), "h b q k -> b h q k"),
+    "heads in one dimension and back": lambda p: (p.flatten(0, 1) * 0.5).unflatten(0, p.shape[:2]),
+    "heads unbound and stacked": lambda p: torch.stack([head * 0.5 for head in p.unbind(1)], dim=1),
+    "heads concatenated": lambda p: torch.cat([p[:, :2] * 0.5, p[:, 2:]], dim=1),
+    "einsum with heads": lambda p: torch.einsum("bhqk,h->bhqk", p, HEADS),
+    "mean of the heads": lambda p: p.mean(1, keepdim=True)[:, [0, 0, 0, 0]],
+    "small entries dropped": lambda p: torch.where(p > 0.1, p, 0.0),
+    "small entries masked": lambda p: p.masked_fill(p < 0.1, 0.0),
+    "renormalised without the first token": lambda p: _without_first(p),
+    "top entry only": lambda p: p * (p >= p.amax(-1, keepdim=True)),
+    "previous token dropped": lambda p: p - torch.triu(p, -1) + torch.triu(p),
+    "window": lambda p: p.triu(-5),
+    "frozen": lambda p: p.detach(),
+    "a copy": lambda p: copy.copy(p),
+    "a clone, edited": lambda p: p.clone().mul_(0.5),
+    "sharpened": lambda p: p**2 / (p**2).sum(-1, keepdim=True),
+    "head by head": lambda p: _assign_heads(p),
+    "head copied": lambda p: p.clone().index_select(1, torch.tensor([1, 1, 2, 3])),
+    "transpose edited": lambda p: _edited(p, lambda q: q.transpose(2, 3)[:, 1, 4].zero_()),
+    "boolean write": lambda p: _edited(p, lambda q: q.__setitem__(q < 0.05, 0)),
+    "columns copied": lambda p: _edited(p, lambda q: q[:, 0].copy_(q[:, 1])),
+    "round trip through float32": lambda p: p.float().double(),
+}  # fmt: skip
+
+
+def _without_first(p: Any) -> Any:
+    p[..., 0] = 0
+    return p / p.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def _assign_heads(p: Any) -> Any:
+    for head in range(p.shape[1]):
+        p[:, head] = p[:, head] * (0.25 * head)
+    return p
+
+
+def is_scores(name: str) -> bool:
+    return name.endswith("hook_attn_scores")
+
+
+def _edited(p: Any, write: Callable[[Any], Any]) -> Any:
+    write(p)
+    return p
+
+
+@pytest.mark.parametrize("name", IN_HOOKS)
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_idiom_in_a_hook(name: str, grad: bool) -> None:
+    model, text = build("gqa"), tokens()
+    point = "blocks.1.attn.hook_pattern"
+
+    def edit(pattern: Any, hook: Any) -> Any:
+        return IN_HOOKS[name](pattern if isinstance(pattern, SparseTensor) else pattern.clone())
+
+    with torch.set_grad_enabled(grad):
+        with tl_stream.sparse(model, CONFIG) as trace:
+            kept: dict[str, Any] = {}
+            keep = (is_scores, lambda s, hook: kept.__setitem__(hook.name, s.block_layout.to_dense()))
+            logits = model.run_with_hooks(text, fwd_hooks=[keep, (point, edit)])
+        mask = (is_scores, lambda s, hook: s.masked_fill(~kept[hook.name], -torch.inf))
+        expected = model.run_with_hooks(text, fwd_hooks=[mask, (point, edit)])
+    assert gap(logits, expected) < (1e-5 if "float32" in name else 1e-9)
+    assert not trace.fallbacks
+    if grad:
+        found, wanted = (torch.autograd.grad(x.square().sum(), model.W_E)[0] for x in (logits, expected))
+        assert gap(found, wanted) < (1e-3 if "float32" in name else 1e-7) * wanted.abs().max().clamp(min=1)
+
+
+CACHE: dict[str, Callable[[Any], Any]] = {
+    "items": lambda c: [value.sum(-1) for _, value in c.items()],
+    "values": lambda c: [value.sum(-1) for value in c.values()],
+    "keys": lambda c: torch.tensor([len(name) for name in c.keys()]),  # noqa: SIM118
+    "iteration": lambda c: torch.tensor([len(name) for name in c]),
+    "names": lambda c: [c["attn", 1], c["pattern", -1], c["attn_scores", 0][..., 0, 7, :8], c["pattern", 1, "attn"]],
+    "to": lambda c: c.to("cpu")["pattern", 1],
+    "stack_activation": lambda c: c.stack_activation("pattern"),
+    "stack_activation of two layers": lambda c: c.stack_activation("pattern", 2).mean(0),
+    "stack_activation of z": lambda c: c.stack_activation("z"),
+    "accumulated_resid": lambda c: c.accumulated_resid(-1, incl_mid=True, apply_ln=True, pos_slice=-1),
+    "decompose_resid": lambda c: c.decompose_resid(-1, mlp_input=False, apply_ln=True),
+    "stack_head_results": lambda c: c.stack_head_results(-1, apply_ln=True),
+    "get_full_resid_decomposition": lambda c: c.get_full_resid_decomposition(2, expand_neurons=False),
+    "apply_ln_to_stack": lambda c: c.apply_ln_to_stack(c.decompose_resid(2), 2),
+    "logit_attrs": lambda c: c.logit_attrs(c.decompose_resid(-1), tokens=3),
+    "stack_neuron_results": lambda c: c.stack_neuron_results(2, pos_slice=-1),
+}
+
+
+@pytest.mark.parametrize("name", CACHE)
+def test_methods_of_activation_cache(name: str) -> None:
+    same(*(CACHE[name](copy.copy(each)) for each in traced()))
+    same(*(CACHE[name](copy.copy(each)) for each in traced(remove_batch_dim=True)))
+
+
+@pytest.mark.parametrize("batch_slice", [0, slice(1, 2), [1, 0], None], ids=str)
+def test_slicing_the_batch_of_a_cache(batch_slice: Any) -> None:
+    cache, expected = (each.apply_slice_to_batch_dim(batch_slice) for each in traced())
+    assert isinstance(cache, SparseActivationCache)
+    assert cache.config == CONFIG
+    assert (cache.has_batch_dim, cache.pruned > 0) == (expected.has_batch_dim, True)
+    same(list(cache.values())[:-5], list(expected.values())[:-5])
+    if batch_slice == slice(1, 2):
+        same(cache.remove_batch_dim()["pattern", 1], expected.remove_batch_dim()["pattern", 1])
+        assert cache.patterns[1].shape == (4, T, T)
+
+
+def test_toggle_autodiff() -> None:
+    cache, _ = traced()
+    try:
+        cache.toggle_autodiff(False)
+        assert not torch.is_grad_enabled()
+        cache.compute_head_results()
+        assert cache["result", 1].shape == (2, T, 4, 32)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("measure", ["mul", "abs"])
+@pytest.mark.parametrize("kind", ["previous_token_head", "duplicate_token_head", "induction_head"])
+@torch.no_grad()
+def test_head_detector(kind: Any, measure: Any) -> None:
+    model = build("gqa")
+    model.tokenizer = None
+    text = tokens(batch=1)
+    model.to_tokens = lambda *args, **kwargs: text
+    cache, expected = traced(remove_batch_dim=True, max_dense=0 if measure == "mul" else 2**20)
+    settings: list[dict[str, Any]] = [{}, {"exclude_bos": True}, {"exclude_bos": True, "exclude_current_token": True}]
+    for options in settings:
+        found, wanted = (
+            detect_head(model, "text", kind, cache=each, error_measure=measure, **options) for each in (cache, expected)
+        )
+        assert gap(found, wanted) < 1e-6
+        assert found.std() > 1e-4
+    same(cache["pattern", 1], expected["pattern", 1])  # as it was
+    assert set(cache.fallbacks) <= {"sub"}
+
+
+@pytest.mark.parametrize("view", ["attention_heads", "attention_pattern", "attention_patterns"])
+def test_circuitsvis(view: str) -> None:
+    words = [f"w{i}" for i in range(T)]
+    cache, expected = traced(remove_batch_dim=True, max_dense=2**20)
+    pages = []
+    for each in (cache, expected):
+        pattern = each["pattern", 1][1] if view == "attention_pattern" else each["pattern", 1]
+        pattern = (pattern * 1000).round() / 1000
+        pages.append(getattr(circuitsvis, view)(tokens=words, attention=pattern).local_src)
+    strip = [re.sub(r"circuits-vis-[\w-]+", "", page) for page in pages]
+    assert strip[0] == strip[1]
+    assert set(cache.fallbacks) == {"tolist"}
+
+
+SAVED: dict[str, Callable[[Any], Any]] = {
+    "pattern": lambda c: c["pattern", 1],
+    "scores": lambda c: c["attn_scores", 1],
+    "head": lambda c: c["pattern", 1][..., 2, :, :],
+    "some heads": lambda c: c["pattern", 1][..., [0, 2], :, :],
+    "written to": lambda c: _written(c["pattern", 1], lambda q: q[..., 1, :, :].mul_(0.5)),
+    "comparison": lambda c: c["pattern", 1] > 0.1,
+    "permuted": lambda c: c["pattern", 1].mT,
+    "stacked": lambda c: c.stack_activation("pattern"),
+    "dictionary": lambda c: dict(c.items()),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("variant", ["gqa", "alibi", "sinks"])
+@torch.no_grad()
+def test_saving_with_torch_and_pickle(name: str, variant: str) -> None:
+    model = build(variant, n_ctx=1024)
+    _, cache = model.run_with_sparse_cache(tokens(700), config=CONFIG)
+    saved, file = SAVED[name](cache), io.BytesIO()
+    torch.save(saved, file)
+    for load in (lambda: torch.load(file, weights_only=True), lambda: pickle.loads(pickle.dumps(saved))):
+        file.seek(0)
+        found = load()
+        pairs = [(found[key], saved[key]) for key in saved] if isinstance(saved, dict) else [(found, saved)]
+        for a, b in pairs:
+            assert type(a) is type(b)
+            assert gap(a, b) < 1e-12
+    if name == "pattern":
+        assert file.getbuffer().nbytes < 1.3 * cache.memory()["blocks.1.attn.hook_pattern"] + 3 * cache["q", 1].nbytes
+        assert gap(found.retained_mass(), saved.retained_mass()) == 0
+    dense_bytes = sum(x.numel() * 8 for x in (saved.values() if isinstance(saved, dict) else [saved]))
+    assert file.getbuffer().nbytes < dense_bytes / 4
+
+
+def test_what_a_hook_arranged_is_cached_counted_and_saved(tmp_path: Path) -> None:
+    model, text = build("gqa"), tokens()
+    stacked = ("blocks.1.attn.hook_pattern", lambda p, hook: torch.stack([head * 0.5 for head in p.unbind(1)], dim=1))
+    with torch.no_grad(), model.hooks(fwd_hooks=[stacked]):
+        _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    assert cache.nbytes > 0
+    cache.save(tmp_path / "run")
+    loaded = SparseActivationCache.load(tmp_path / "run")
+    assert gap(loaded["pattern", 1], cache["pattern", 1]) == 0
+    assert list(cache.patterns) == list(loaded.patterns) == [0, 2]
+
+
+def test_copies() -> None:
+    pattern = traced()[0]["pattern", 1]
+    for change in (lambda p: p, lambda p: p.mT, lambda p: torch.stack([p, p])):
+        shown = change(pattern.clone())
+        before = shown.to_dense()
+        shallow, deep = copy.copy(shown), copy.deepcopy(shown)
+        shown.mul_(2)
+        assert gap(shallow, before * 2) < 1e-12
+        assert gap(deep, before) < 1e-12
+
+
+def test_printing() -> None:
+    cache, _ = traced()
+    for shown in (cache["pattern", 1], cache["pattern", 1].mT, cache.stack_activation("pattern")[:, 0]):
+        text = repr(shown)
+        assert f"shape={tuple(shown.shape)}" in text
+        assert "block_q=8" in text
+        assert "pruned=0." in text
+        assert text == str(shown) == f"{shown}"
+        assert len(text) < 1000

@@ -6,6 +6,7 @@ It holds the sparse tensor and an `Arrangement`. Every function is carried out o
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -84,28 +85,20 @@ class ArrangedTensor(SparseTensor):
         result = self.base.product(Arrangement((*self.base.shape[:-2], *x.shape[-2:]), lead).undo(x), transposed)
         return result if result is NotImplemented else _shown(result, lead)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (self.base, self.arrangement.groups)
+    def stored_tensors(self) -> list[Tensor]:
+        return self.base.stored_tensors()
+
+    def __copy__(self) -> ArrangedTensor:
+        return ArrangedTensor(copy(self.base), self.arrangement)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ArrangedTensor(shape={tuple(self.shape)}, dimensions={self.arrangement.groups}, of={self.base!r})"
-
-    def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
 
 
 def arrange(base: SparseTensor, groups: tuple[tuple[int, ...], ...]) -> SparseTensor:
     """`base` with its dimensions shown in those groups; itself where that is how they are."""
     arrangement = Arrangement(tuple(base.shape), groups)
     return base if arrangement.is_plain else ArrangedTensor(base, arrangement)
-
-
-def rebuild(base: SparseTensor, groups: Any) -> SparseTensor:
-    """What pickle took apart."""
-    return arrange(base, tuple(map(tuple, groups)))
-
-
-torch.serialization.add_safe_globals([rebuild])
 
 
 def rearrange(tensor: SparseTensor, view: Callable[[Tensor], Tensor]) -> Any:

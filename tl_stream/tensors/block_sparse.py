@@ -100,7 +100,6 @@ class BlockSparseTensor(SparseTensor):
         return self.drop_indexed(dense)
 
     def stored_tensors(self) -> list[Tensor]:
-        """The ordinary tensors that hold this one's memory."""
         return self._data.stored_tensors()
 
     def retained_mass(self) -> Float[Tensor, "*batch_and_head query_pos"]:
@@ -136,12 +135,7 @@ class BlockSparseTensor(SparseTensor):
         return product(self, x, transposed)
 
     def __copy__(self) -> Any:
-        return self.alias()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        from tl_stream.tensors.storage import reduced
-
-        return reduced(self)
+        return self.alias(detached=True)  # as torch: the same memory, and no gradient
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "lazy" if self._data.is_lazy else "values"
@@ -149,9 +143,6 @@ class BlockSparseTensor(SparseTensor):
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self._data.origin.layer}, "
             f"{state}, fill={self.fill}, {self._narrow_layout()!r})"
         )
-
-    def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
 
     def _selected(self) -> BlockData:
         """The data of the batch elements and heads shown."""

@@ -8,27 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from tl_stream.tensors.names import is_in_place
-from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.wrapper import SparseTensor
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class Whole(Source):
     """All entries of a sparse tensor, as the source of a dense copy whose in-place changes go back to it."""
 
     tensor: Any
 
     @property
     def version(self) -> int:
-        """Number of writes to the tensor so far."""
         return self.tensor.version
 
     def read(self) -> Tensor:
-        """The dense copy."""
         return self.tensor.to_dense()
 
     def write(self, value: Tensor) -> None:
-        """Other entries."""
         self.tensor[...] = value
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.row_writes import fits, write_rows
-from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.view import Selection, is_integer
 
 MAX_WINDOW = 2**24
@@ -40,7 +40,7 @@ def read(tensor: BlockSparseTensor, key: Any) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Picked:
+class Picked(Source):
     """The entries that a function of an ordinary tensor (indexing, diagonal, ...) picks out of a sparse one.
 
     Attributes:
@@ -53,7 +53,6 @@ class Picked:
 
     @property
     def version(self) -> int:
-        """Number of writes to the tensor so far."""
         return self.tensor.version
 
     def read(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,21 +12,21 @@ from tl_stream.tensors.names import function_name, is_in_place
 from tl_stream.tensors.wrapper import SparseTensor
 
 
-class Source(Protocol):
+class Source:
     """Where entries were taken out of a sparse tensor, and go back to."""
 
     @property
     def version(self) -> int:
         """Number of writes so far."""
-        ...
+        raise NotImplementedError
 
     def read(self) -> Tensor:
         """The entries as they are now."""
-        ...
+        raise NotImplementedError
 
     def write(self, value: Tensor) -> None:
         """Put others in their place."""
-        ...
+        raise NotImplementedError
 
 
 class SliceView(Tensor):

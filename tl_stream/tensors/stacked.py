@@ -6,6 +6,7 @@ It holds the tensors. A function is carried out on each of them, and what comes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,7 +20,7 @@ from tl_stream.tensors.arranged import REARRANGING, rearrange
 from tl_stream.tensors.densify import flatten, make_dense
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
 from tl_stream.tensors.products import Origin
-from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.view import is_integer
 from tl_stream.tensors.wrapper import SparseTensor
 
@@ -73,23 +74,15 @@ class StackedTensor(SparseTensor):
         results = [part.product(x[i if len(x) > 1 else 0] if each else x, transposed) for i, part in enumerate(self.parts)]
         return NotImplemented if any(x is NotImplemented for x in results) else torch.stack(results)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (self.parts,)
+    def stored_tensors(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part.stored_tensors()]
+
+    def __copy__(self) -> StackedTensor:
+        return StackedTensor(tuple(copy(part) for part in self.parts))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         parts = "".join(f"\n  {part!r}," for part in self.parts)
         return f"StackedTensor(shape={tuple(self.shape)},{parts}\n)"
-
-    def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
-
-
-def rebuild(parts: Any) -> StackedTensor:
-    """What pickle took apart."""
-    return StackedTensor(tuple(parts))
-
-
-torch.serialization.add_safe_globals([rebuild])
 
 
 def stack(tensors: Any, dim: int = 0) -> Any:
@@ -106,7 +99,7 @@ def cat(tensors: Any, dim: int = 0) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pieces:
+class _Pieces(Source):
     """What was taken out of each part, where that is plain; changes go back to the parts."""
 
     pieces: list[Tensor]

@@ -87,6 +87,18 @@ class SparseTensor(Wrapper):
         """`self @ x`, or `self.mT @ x`, where x broadcasts over the dimensions before those; NotImplemented if unknown."""
         raise NotImplementedError
 
+    def stored_tensors(self) -> list[Tensor]:
+        """The ordinary tensors that hold this one's memory."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from tl_stream.tensors.storage import reduced
+
+        return reduced(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
     def to_dense(self) -> Tensor:  # type: ignore[override]
         """An ordinary tensor of all entries.
 
