@@ -20,7 +20,6 @@ from tl_stream.tensors.indexing import MAX_WINDOW, Picked
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
 from tl_stream.tensors.products import Origin
 from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.view import is_integer
 from tl_stream.tensors.wrapper import SparseTensor
 
 REARRANGING = {
@@ -162,38 +161,29 @@ def _reduce(tensor: ArrangedTensor, name: str, func: Any, dim: Any, keepdim: boo
     return type(shown)([x.squeeze(tuple(dims)) for x in shown]) if isinstance(shown, tuple) else shown.squeeze(tuple(dims))
 
 
-def _topk(tensor: Any, k: int, dim: int = -1, **kwargs: Any) -> Any:
-    own = tensor.arrangement.own_dims(slicing.dimensions(tensor, dim))
-    return NotImplemented if len(own) != 1 else _shown(tensor.base.topk(k, own[0], **kwargs), tensor.arrangement.groups)
+def _topk(tensor: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """Along one dimension, or along several merged ones that end with the keys (the greatest entries of a head)."""
+    base, groups = tensor.base, tensor.arrangement.groups
+    (shown,) = slicing.dimensions(tensor, dim)
+    group = groups[shown]
+    if len(group) == 1:
+        return _shown(base.topk(k, group[0], largest, sorted), groups)
+    if not group or list(group) != list(range(group[0], base.dim())):
+        return NotImplemented
+    rows = base.topk(min(k, base.shape[-1]), -1, largest, sorted)
+    sizes = [base.shape[d] if d in group[:-1] else 1 for d in range(base.dim())]
+    first = torch.arange(0, tensor.shape[shown], base.shape[-1], device=tensor.device).view(sizes)
+    values, positions = (_shown(x, groups) for x in (rows.values, first + rows.indices))
+    best = values.topk(k, shown, largest, sorted)
+    return torch.return_types.topk((best.values, positions.gather(shown, best.indices)))
 
 
-def _plan(arrangement: Arrangement, key: Any) -> tuple[tuple[Any, ...], tuple[tuple[int, ...], ...]] | None:
-    """The base's index for an index of ints, slices, None and Ellipsis, and the groups of what it gives; None for others."""
-    items = list(key) if isinstance(key, tuple) else [key]
-    if any(not (x is None or x is Ellipsis or isinstance(x, slice) or is_integer(x)) for x in items):
-        return None
-    given = sum(x is not None and x is not Ellipsis for x in items)
-    fill = [slice(None)] * (len(arrangement.groups) - given)
-    at = next((i for i, x in enumerate(items) if x is Ellipsis), len(items))
-    items[at : at + 1] = fill
-    index: list[Any] = [slice(None)] * len(arrangement.own)
-    groups: list[tuple[int, ...]] = []
-    left = iter(zip(arrangement.groups, arrangement.shape, strict=True))
-    for item in items:
-        group, size = ((), 1) if item is None else next(left)
-        if item is None or (isinstance(item, slice) and range(size)[item] == range(size)):
-            groups.append(group)
-        elif isinstance(item, slice):
-            if len(group) != 1:
-                return None
-            index[group[0]] = item
-            groups.append(group)
-        else:
-            place = torch.unravel_index(torch.tensor(range(size)[item]), [arrangement.own[d] for d in group]) if group else ()
-            for d, i in zip(group, place, strict=True):
-                index[d] = int(i)
-    kept = [d for d, item in enumerate(index) if isinstance(item, slice)]
-    return tuple(index), tuple(tuple(kept.index(d) for d in group) for group in groups)
+def index(tensor: SparseTensor, key: Any) -> Any:
+    """`tensor[key]` for an index of ints, slices, Ellipsis and None; NotImplemented for others."""
+    arranged = tensor if isinstance(tensor, ArrangedTensor) else None
+    base = tensor if arranged is None else arranged.base
+    plan = (Arrangement.plain(tuple(tensor.shape)) if arranged is None else arranged.arrangement).index(key)
+    return NotImplemented if plan is None else _shown(base[plan[0]], plan[1])
 
 
 def _picked(tensor: ArrangedTensor, pick: Callable[[Tensor], Tensor]) -> Picked | None:
@@ -206,18 +196,16 @@ def _picked(tensor: ArrangedTensor, pick: Callable[[Tensor], Tensor]) -> Picked 
 def _getitem(tensor: Any, key: Any) -> Any:
     if not isinstance(tensor, ArrangedTensor):
         return NotImplemented
-    plan = _plan(tensor.arrangement, key)
-    if plan is not None:
-        return _shown(tensor.base[plan[0]], plan[1])
-    picked = _picked(tensor, lambda shown: shown[key])
-    return NotImplemented if picked is None else picked.read()
+    found = index(tensor, key)
+    picked = _picked(tensor, lambda shown: shown[key]) if found is NotImplemented else None
+    return found if picked is None else picked.read()
 
 
 def _setitem(tensor: Any, key: Any, value: Any) -> Any:
     if not isinstance(tensor, ArrangedTensor):
         tensor[key] = value.to_dense()
         return None
-    plan = _plan(tensor.arrangement, key)
+    plan = tensor.arrangement.index(key)
     if plan is None:
         picked = _picked(tensor, lambda shown: shown[key])
         return NotImplemented if picked is None or isinstance(value, SparseTensor) else picked.write(value)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from operator import mul
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tl_stream.tensors.view import is_integer
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -62,8 +65,11 @@ class Arrangement:
             if run is None:
                 return None
             groups.append(tuple(parts[i] for i in run))
-        found = sorted(d for group in groups for d in group)
-        return Arrangement(self.own, tuple(groups)) if found == sorted(parts) else None
+        if sorted(d for group in groups for d in group) != sorted(parts):
+            return None
+        # Dimensions of size 1 are all alike: those of the tensor itself stand for as many of those shown.
+        ones = iter([(d,) for d, size in enumerate(self.own) if size == 1])
+        return Arrangement(self.own, tuple(group or next(ones, ()) for group in groups))
 
     def apply(self, x: Tensor) -> Tensor:
         """`x` of the own number of dimensions (of the own sizes, or size 1) as shown."""
@@ -80,6 +86,35 @@ class Arrangement:
         rest = [d for d in range(len(self.own)) if d not in order]
         back = sorted(range(len(self.own)), key=(order + rest).__getitem__)
         return x.reshape(sizes + [1] * len(rest)).permute(back)
+
+    def index(self, key: Any) -> tuple[tuple[Any, ...], Groups] | None:
+        """The own index for a shown one of ints, slices, None and Ellipsis, and the groups of what it gives; else None."""
+        items = list(key) if isinstance(key, tuple) else [key]
+        if any(not (x is None or x is Ellipsis or isinstance(x, slice) or is_integer(x)) for x in items):
+            return None
+        given = sum(x is not None and x is not Ellipsis for x in items)
+        if given > len(self.groups):
+            raise IndexError(f"too many indices for a tensor of {len(self.groups)} dimensions: {key!r}")
+        at = next((i for i, x in enumerate(items) if x is Ellipsis), len(items))
+        items[at : at + 1] = [slice(None)] * (len(self.groups) - given)
+        index: list[Any] = [slice(None)] * len(self.own)
+        groups: list[tuple[int, ...]] = []
+        left = iter(zip(self.groups, self.shape, strict=True))
+        for item in items:
+            group, size = ((), 1) if item is None else next(left)
+            if item is None or (isinstance(item, slice) and range(size)[item] == range(size)):
+                groups.append(group)
+            elif isinstance(item, slice):
+                if len(group) != 1:
+                    return None
+                index[group[0]] = item
+                groups.append(group)
+            else:
+                place = torch.unravel_index(torch.tensor(range(size)[item]), [self.own[d] for d in group]) if group else ()
+                for d, i in zip(group, place, strict=True):
+                    index[d] = int(i)
+        kept = [d for d, item in enumerate(index) if isinstance(item, slice)]
+        return tuple(index), tuple(tuple(kept.index(d) for d in group) for group in groups)
 
     def own_dims(self, shown: list[int]) -> list[int]:
         """The own dimensions in some shown ones."""

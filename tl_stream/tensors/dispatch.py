@@ -20,7 +20,7 @@ from tl_stream.tensors import (
     sink,
     slicing,
 )
-from tl_stream.tensors.arranged import REARRANGING, rearrange
+from tl_stream.tensors.arranged import REARRANGING, index, rearrange
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.densify import make_dense
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised
@@ -58,7 +58,11 @@ def _getitem(tensor: Any, key: Any) -> Any:
     if isinstance(key, BlockSparseTensor) and key.dtype == torch.bool:
         chosen = positions.nonzero(key, as_tuple=True)
         return chosen if chosen is NotImplemented else tensor[chosen]
-    return indexing.read(tensor, key) if isinstance(tensor, BlockSparseTensor) else NotImplemented
+    if not isinstance(tensor, BlockSparseTensor):
+        return NotImplemented
+    new_axes = key is None or (isinstance(key, tuple) and any(item is None for item in key))
+    found = index(tensor, key) if new_axes else NotImplemented
+    return indexing.read(tensor, key) if found is NotImplemented else found
 
 
 def _setitem(tensor: Any, key: Any, value: Any) -> Any:
@@ -98,7 +102,10 @@ def _detach(tensor: Any) -> Any:
 
 
 def _clone(tensor: Any, *, memory_format: Any = None) -> Any:
-    return type(tensor)(tensor._data.fork(), tensor._view, tensor.dtype, tensor._detached)
+    data = tensor._selected()
+    if data is tensor._data or tensor._data.is_lazy:
+        return type(tensor)(tensor._data.fork(), tensor._view, tensor.dtype, tensor._detached)
+    return tensor.with_data(data, tensor._detached)
 
 
 def _deepcopy(tensor: Any, memo: dict[int, Any]) -> Any:

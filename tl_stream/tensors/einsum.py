@@ -41,6 +41,9 @@ def einsum(equation: str, *operands: Any) -> Any:
     found = list(zip(operands, letters, strict=True))
     first = next(i for i, (x, _) in enumerate(found) if isinstance(x, SparseTensor))
     tensor, own = found.pop(first)
+    if own[-2:-1] == own[-1:]:
+        found.append((tensor.diagonal(0, -2, -1), own[:-1]))
+        return torch.einsum(f"{','.join(letters for _, letters in found)}->{output}", *(x for x, _ in found))
     laid_out = tensor.in_own_order(own)
     if laid_out is None or len(set(own)) != len(own):
         return NotImplemented

@@ -93,9 +93,10 @@ def stack(tensors: Any, dim: int = 0) -> Any:
 
 
 def cat(tensors: Any, dim: int = 0) -> Any:
-    """`torch.cat`, of sparse tensors of the same shape."""
-    stacked = stack(tensors, dim)
-    return stacked if stacked is NotImplemented else stacked.flatten(dim % tensors[0].dim(), dim % tensors[0].dim() + 1)
+    """`torch.cat` along a dimension before query and key, of sparse tensors only."""
+    if not all(isinstance(x, SparseTensor) for x in tensors) or dim % tensors[0].dim() >= tensors[0].dim() - 2:
+        return NotImplemented
+    return stack([part for x in tensors for part in x.unbind(dim)], dim)
 
 
 @dataclass(frozen=True, eq=False)
