@@ -77,6 +77,18 @@ def _new(name: str) -> Callable[..., Any]:
     return handler
 
 
+def _only_on_the_pattern(name: str) -> Callable[..., Any]:
+    """A hook on a dense copy would never fire."""
+
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}() is not known on a permuted, merged or stacked sparse tensor; call it on the pattern or the scores "
+            "themselves, and rearrange the gradient."
+        )
+
+    return handler
+
+
 HANDLERS: dict[str, Callable[..., Any]] = {
     "equal": _equal,
     "allclose": _allclose,
@@ -90,5 +102,6 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
     "type": _type,
     "type_as": _type_as,
+    **{name: _only_on_the_pattern(name) for name in ("grad", "register_hook", "retain_grad", "requires_grad_")},
     **{name: _new(name) for name in ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")},
 }
