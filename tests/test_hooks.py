@@ -155,25 +155,16 @@ def test_edit_equals_that_of_the_masked_dense_model(case: tuple[str, Edit], grad
         assert gap(found, wanted) < 1e-9 * wanted.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        patching.get_act_patch_resid_pre,
-        patching.get_act_patch_attn_out,
-        patching.get_act_patch_attn_head_out_by_pos,
-        patching.get_act_patch_attn_head_q_all_pos,
-        patching.get_act_patch_attn_head_k_all_pos,
-        patching.get_act_patch_attn_head_v_by_pos,
-        patching.get_act_patch_attn_head_pattern_all_pos,
-        patching.get_act_patch_attn_head_pattern_by_pos,
-        patching.get_act_patch_attn_head_pattern_dest_src_pos,
-    ],
-    ids=["resid_pre", "attn_out", "z by pos", "q", "k", "v by pos", "pattern", "pattern row", "pattern entry"],
-)
+PATCHING = [name for name in dir(patching) if name.startswith("get_act_patch_")]
+
+
+@pytest.mark.parametrize("name", PATCHING, ids=lambda name: name.removeprefix("get_act_patch_"))
 @torch.no_grad()
-def test_transformer_lens_patching(function: Any) -> None:
+def test_transformer_lens_patching(name: str) -> None:
     """With layouts that don't depend on the input, so that one mask serves every patched run."""
-    model = build("gqa", n_layers=2)
+    assert len(PATCHING) == 18
+    function = getattr(patching, name)
+    model = build("gqa" if "_every" not in name else "standard", n_layers=2)
     clean, corrupted = tokens(14, batch=1, seed=1), tokens(14, batch=1, seed=2)
     config = StreamConfig(block_q=4, block_k=4, k=2, estimator="window", max_dense=0)
     _, clean_cache = model.run_with_sparse_cache(clean, config=config)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_stream import SparseActivationCache
+from tl_stream.tensors.wrapper import SparseTensor
 
 GQA = {"n_key_value_heads": 2, "positional_embedding_type": "rotary", "rotary_dim": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,7 @@ def mask_hooks(cache: SparseActivationCache) -> list[tuple[str | Callable[..., A
 
 
 def dense(x: Any) -> Tensor:
-    return x.to_dense() if hasattr(x, "block_layout") else x
+    return x.to_dense() if isinstance(x, SparseTensor) else x
 
 
 def gap(a: Any, b: Any) -> float:

@@ -21,6 +21,7 @@ from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
+from tl_stream.tensors.wrapper import SparseTensor
 
 _FORMAT = "tl_stream.SparseActivationCache/1"
 
@@ -173,7 +174,7 @@ class SparseActivationCache(ActivationCache):
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     """The ordinary tensors that hold the memory of an activation."""
-    return tensor.stored_tensors() if isinstance(tensor, BlockSparseTensor) else [tensor]
+    return tensor.stored_tensors() if isinstance(tensor, SparseTensor) else [tensor]
 
 
 def _new_bytes(tensor: Tensor, seen: set[int]) -> int:

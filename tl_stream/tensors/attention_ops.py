@@ -14,6 +14,7 @@ from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
 from tl_stream.tensors.data import BlockData, PatternData, ScoresData, block_softmax
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.products import Origin
+from tl_stream.tensors.transposed import transposed_matmul
 
 
 def softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
@@ -44,24 +45,25 @@ def pattern_of(scores: BlockSparseTensor, dtype: torch.dtype, sink: Tensor | Non
     return BlockSparsePattern(pattern, view, dtype, scores._detached)
 
 
-def matmul(pattern: Any, v: Any) -> Any:
-    """`pattern @ v` over the kept keys, without the pattern's values where they were not written to."""
-    if not isinstance(pattern, BlockSparseTensor) or isinstance(v, BlockSparseTensor) or pattern.fill != 0:
+def product(pattern: BlockSparseTensor, x: Tensor, transposed: bool) -> Any:
+    """`pattern @ x` or `pattern.mT @ x` over the kept entries; NotImplemented where the shapes don't fit."""
+    lead, n_rows = pattern.shape[:-2], pattern.shape[-2 if transposed else -1]
+    if pattern.fill != 0 or x.shape[-2] != n_rows or torch.broadcast_shapes(x.shape[:-2], lead) != lead:
         return NotImplemented
+    return transposed_matmul(pattern, x) if transposed else _weigh(pattern, x)
+
+
+def _weigh(pattern: BlockSparseTensor, v: Tensor) -> Tensor:
+    """`pattern @ v`, without the pattern's values where they were not written to."""
     data = pattern._selected()
     layout = data.layout
-    shape = (layout.batch, layout.n_heads, layout.mask.key_length)
-    if v.dim() < 2 or v.shape[-2] != shape[-1]:
-        return NotImplemented
     full = v
     if isinstance(pattern._view.head, int):
         full = full.unsqueeze(-3)
     if isinstance(pattern._view.batch, int):
         full = full.unsqueeze(0)
-    if full.dim() > 4:
-        return NotImplemented
     check_numbers("v", v, data.origin)
-    full = full.expand(*shape[:2], *full.shape[-2:])
+    full = full.expand(layout.batch, layout.n_heads, *full.shape[-2:])
     z = gradients.weigh(data, full, pattern._detached)
     rows = pattern._view.rows
     return pattern.drop_indexed(z[:, :, rows.start : rows.stop]).to(torch.promote_types(pattern.dtype, v.dtype))
@@ -92,8 +94,6 @@ def _masked_fill(pattern: Any, where: Any, value: Any) -> Any:
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     "softmax": softmax,
-    "matmul": matmul,
-    "bmm": matmul,
     "dropout": _dropout,
     "masked_fill": _masked_fill,
 }

@@ -15,16 +15,14 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.data import BlockData, LazyData
-from tl_stream.tensors.products import Products
+from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.view import View
-from tl_stream.tensors.wrapper import Wrapper
+from tl_stream.tensors.wrapper import SparseTensor
 
 
-class BlockSparseTensor(Wrapper):
+class BlockSparseTensor(SparseTensor):
     """Entries on kept blocks, and one value (`fill`) everywhere else."""
 
-    what = "a sparse tensor that holds only kept blocks"
-    advice = "call .to_dense() first, or .detach()/.clone() where you used .data"
     _data: BlockData
     _view: View
     _detached: bool
@@ -53,6 +51,16 @@ class BlockSparseTensor(Wrapper):
     def block_layout(self) -> BlockLayout:
         """Kept blocks of the batch elements and heads shown (all query rows)."""
         return self._narrow_layout()
+
+    @property
+    def origin(self) -> Origin:
+        """Layer and run that this comes from."""
+        return self._data.origin
+
+    @property
+    def version(self) -> int:
+        """Number of writes to the data so far."""
+        return self._data.version
 
     @property
     def fill(self) -> float | bool:
@@ -92,7 +100,6 @@ class BlockSparseTensor(Wrapper):
         return self.drop_indexed(dense)
 
     def stored_tensors(self) -> list[Tensor]:
-        """The ordinary tensors that hold this one's memory."""
         return self._data.stored_tensors()
 
     def retained_mass(self) -> Float[Tensor, "*batch_and_head query_pos"]:
@@ -122,13 +129,13 @@ class BlockSparseTensor(Wrapper):
         kind = type(self) if dtype.is_floating_point else BlockSparseTensor
         return kind(data, self._view.on(data.layout.batch, data.layout.n_heads), dtype, detached)
 
+    def product(self, x: Tensor, transposed: bool) -> Any:
+        from tl_stream.tensors.attention_ops import product
+
+        return product(self, x, transposed)
+
     def __copy__(self) -> Any:
-        return self.alias()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        from tl_stream.tensors.storage import reduced
-
-        return reduced(self)
+        return self.alias(detached=True)  # as torch: the same memory, and no gradient
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "lazy" if self._data.is_lazy else "values"
@@ -136,9 +143,6 @@ class BlockSparseTensor(Wrapper):
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self._data.origin.layer}, "
             f"{state}, fill={self.fill}, {self._narrow_layout()!r})"
         )
-
-    def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
 
     def _selected(self) -> BlockData:
         """The data of the batch elements and heads shown."""

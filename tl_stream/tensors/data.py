@@ -70,7 +70,7 @@ class BlockData:
         """
         if self.values is not None:
             return self.values
-        self._check_size()
+        self.check_size()
         made = self.make()
         if made.requires_grad and not self.is_used:
             self.values = made  # it is what the graph will use: a gradient must find this very tensor
@@ -136,7 +136,8 @@ class BlockData:
         """Whether the values are recomputed when asked for."""
         return False
 
-    def _check_size(self) -> None:
+    def check_size(self) -> None:
+        """Raise ValueError where there would be more than `MAX_VALUES` values."""
         layout = self.layout
         numel = layout.batch * layout.n_heads * layout.n_q_blocks * layout.block_q * layout.n_slots * layout.block_k
         if numel > MAX_VALUES:

@@ -6,23 +6,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tl_stream.tensors import attention_ops, elementwise, gradients, indexing, reductions, sink
+from tl_stream.tensors import (
+    attention_ops,
+    composite,
+    einsum,
+    elementwise,
+    extremes,
+    gradients,
+    indexing,
+    positions,
+    reductions,
+    sink,
+    slicing,
+)
+from tl_stream.tensors.arranged import REARRANGING, index, rearrange
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.names import is_in_place
+from tl_stream.tensors.densify import make_dense
+from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised
 from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.stacked import cat, stack
 
 Handler = Callable[..., Any]
 
 
 def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     """Carry out `func`, which is called `name` and was called with at least one sparse tensor."""
-    args, kwargs = _normalised(args, kwargs)
+    args, kwargs = normalised(args, kwargs)
     if isinstance(kwargs.get("out"), BlockSparseTensor) or kwargs.get("inplace") or name.startswith("set "):
         raise NotImplementedError(
             f"{name}: writing to a sparse tensor by out=, inplace=True or an attribute; assign to x[...]."
         )
+    if name in REARRANGING:
+        return rearranged(name, func, args, kwargs)
     handler = _HANDLERS.get(name)
     result = handler(*args, **kwargs) if handler else NotImplemented
     if result is NotImplemented and name in elementwise.NAMES:
@@ -32,106 +48,49 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     return make_dense(name, func, args, kwargs) if result is NotImplemented else result
 
 
-def make_dense(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-    """Carry `func` out on ordinary tensors, where they are small enough; in-place results are written back.
-
-    Raises:
-        NotImplementedError: A sparse tensor has more than `config.max_dense` entries.
-    """
-    sparse = [x for x in _flatten((args, kwargs)) if isinstance(x, BlockSparseTensor)]
-    if not sparse:
-        raise NotImplementedError(f"{name}() got sparse tensors in a place where they can't be found: {args!r}, {kwargs!r}.")
-    for tensor in sparse:
-        origin = tensor._data.origin
-        if tensor.numel() > origin.config.max_dense:
-            raise NotImplementedError(
-                f"{name}() is not known to {type(tensor).__name__} of layer {origin.layer}, and making it dense would take "
-                f"{tuple(tensor.shape)} = {tensor.numel():,} entries (config.max_dense is {origin.config.max_dense:,}). "
-                "Take a part first (a head and some rows, or a window), call .to_dense() where that is meant, or work on "
-                ".row_values()."
-            )
-    sparse[0]._data.origin.fallbacks[name] += 1
-    copies: list[tuple[BlockSparseTensor, Tensor]] = []
-    dense_args, dense_kwargs = _map((args, kwargs), copies)
-    result = func(*dense_args, **dense_kwargs)
-    if is_in_place(name, kwargs) and isinstance(args[0], BlockSparseTensor):
-        indexing.write(args[0], (..., slice(None)), dense_args[0])
-        return args[0]
-    for tensor, dense in copies:
-        result = SliceView.of(dense, tensor, lambda grid: grid)._follow(result)
-    return result
-
-
-def _normalised(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """numpy's `axis` for `dim`, and `input=` as the first argument, as torch takes them."""
-    if "axis" in kwargs:
-        kwargs = {**{key: value for key, value in kwargs.items() if key != "axis"}, "dim": kwargs["axis"]}
-    if "input" in kwargs and not args:
-        args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-    return args, kwargs
-
-
-def _flatten(x: Any) -> list[Any]:
-    if isinstance(x, tuple | list):
-        return [leaf for item in x for leaf in _flatten(item)]
-    if isinstance(x, dict):
-        return [leaf for item in x.values() for leaf in _flatten(item)]
-    return [x]
-
-
-def _map(x: Any, copies: list[tuple[BlockSparseTensor, Tensor]]) -> Any:
-    """`x` with every sparse tensor made dense; `copies` notes them."""
-    if isinstance(x, BlockSparseTensor):
-        copies.append((x, x.to_dense()))
-        return copies[-1][1]
-    if isinstance(x, tuple | list):
-        return type(x)(_map(item, copies) for item in x)
-    if isinstance(x, dict):
-        return {key: _map(value, copies) for key, value in x.items()}
-    return x
+def rearranged(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Permuted, reshaped and the like."""
+    result = rearrange(args[0], lambda x: func(x, *args[1:], **kwargs))
+    return make_dense(name, func, args, kwargs) if result is NotImplemented else result
 
 
 def _getitem(tensor: Any, key: Any) -> Any:
-    return indexing.read(tensor, key) if isinstance(tensor, BlockSparseTensor) else NotImplemented
+    if isinstance(key, BlockSparseTensor) and key.dtype == torch.bool:
+        chosen = positions.nonzero(key, as_tuple=True)
+        return chosen if chosen is NotImplemented else tensor[chosen]
+    if not isinstance(tensor, BlockSparseTensor):
+        return NotImplemented
+    new_axes = key is None or (isinstance(key, tuple) and any(item is None for item in key))
+    found = index(tensor, key) if new_axes else NotImplemented
+    return indexing.read(tensor, key) if found is NotImplemented else found
 
 
 def _setitem(tensor: Any, key: Any, value: Any) -> Any:
-    if isinstance(tensor, BlockSparseTensor):
-        return indexing.write(tensor, key, value)
-    tensor[key] = value.to_dense() if isinstance(value, BlockSparseTensor) else value
-    return None
+    if isinstance(key, BlockSparseTensor) and isinstance(tensor, BlockSparseTensor):
+        indexing.write(tensor, ..., torch.where(key, value, tensor))
+    elif isinstance(tensor, BlockSparseTensor):
+        indexing.write(tensor, key, value)
+    else:
+        tensor[key] = value.to_dense() if isinstance(value, BlockSparseTensor) else value
+
+
+def _where(condition: Any, *choices: Any) -> Any:
+    return NotImplemented if choices else positions.nonzero(condition, as_tuple=True)
 
 
 def _by_coordinates(name: str, is_view: bool) -> Handler:
     """Functions that only pick entries; `is_view`: what torch's gives is a view."""
-    take = indexing.part if is_view else indexing.window
 
     def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return take(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
+        picked = indexing.Picked(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
+        return SliceView.of(picked) if is_view else picked.read()
 
     return handler
 
 
-def _select(tensor: Any, dim: int, index: int) -> Any:
-    key: list[Any] = [slice(None)] * tensor.dim()
-    key[dim] = index
-    return indexing.read(tensor, tuple(key))
-
-
-def _index_select(tensor: Any, dim: int, index: Tensor) -> Any:
-    key: list[Any] = [slice(None)] * tensor.dim()
-    key[dim] = index
-    return indexing.read(tensor, tuple(key))
-
-
-def _unbind(tensor: Any, dim: int = 0) -> Any:
-    return tuple(_select(tensor, dim, i) for i in range(tensor.shape[dim]))
-
-
-def _squeeze(tensor: Any, dim: Any = None) -> Any:
-    positions = reductions.dimensions(tensor, dim)
-    key = tuple(0 if d in positions and tensor.shape[d] == 1 else slice(None) for d in range(tensor.dim()))
-    return indexing.read(tensor, key)
+def _cat(tensors: Any, dim: int = 0) -> Any:
+    with_sink = sink.cat(tensors, dim)
+    return cat(tensors, dim) if with_sink is NotImplemented else with_sink
 
 
 def _same_data(tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +102,10 @@ def _detach(tensor: Any) -> Any:
 
 
 def _clone(tensor: Any, *, memory_format: Any = None) -> Any:
-    return type(tensor)(tensor._data.fork(), tensor._view, tensor.dtype, tensor._detached)
+    data = tensor._selected()
+    if data is tensor._data or tensor._data.is_lazy:
+        return type(tensor)(tensor._data.fork(), tensor._view, tensor.dtype, tensor._detached)
+    return tensor.with_data(data, tensor._detached)
 
 
 def _deepcopy(tensor: Any, memo: dict[int, Any]) -> Any:
@@ -168,20 +130,10 @@ def _convert(name: str) -> Handler:
     return handler
 
 
-def _iterate(tensor: Any) -> Any:
-    return iter(_unbind(tensor))
-
-
-_CONVERSIONS = ("to", "float", "double", "half", "bfloat16", "cpu", "cuda")
 _HANDLERS: dict[str, Handler] = {
     "getitem": _getitem,
     "setitem": _setitem,
-    "select": _select,
-    "unbind": _unbind,
-    "iter": _iterate,
-    "squeeze": _squeeze,
     "diagonal": _by_coordinates("diagonal", True),
-    "index_select": _index_select,
     "gather": _by_coordinates("gather", False),
     "take_along_dim": _by_coordinates("take_along_dim", False),
     "detach": _detach,
@@ -189,9 +141,16 @@ _HANDLERS: dict[str, Handler] = {
     "clone": _clone,
     "deepcopy": _deepcopy,
     "contiguous": _same_data,
-    **{name: _convert(name) for name in _CONVERSIONS},
+    "where": _where,
+    **{name: _convert(name) for name in CONVERSIONS - {"detach", "data"}},
     **attention_ops.HANDLERS,
+    **composite.HANDLERS,
+    **einsum.HANDLERS,
+    **extremes.HANDLERS,
+    **positions.HANDLERS,
     **reductions.HANDLERS,
+    **slicing.HANDLERS,
     **gradients.HANDLERS,
-    **sink.HANDLERS,
+    "stack": stack,
+    "cat": _cat,
 }

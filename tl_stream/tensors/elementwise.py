@@ -19,7 +19,7 @@ _BASE = {
     "sigmoid", "tanh", "relu", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "masked_fill", "where", "maximum",
     "minimum", "lerp", "xlogy", "isnan", "isinf", "isfinite", "logical_not", "logical_and", "logical_or", "bitwise_and",
     "bitwise_or", "bitwise_not", "eq", "ne", "gt", "ge", "lt", "le", "zeros_like", "ones_like", "full_like", "round",
-    "floor", "ceil",
+    "floor", "ceil", "isclose", "special_entr", "special_xlogy", "remainder", "fmod", "exp2", "trunc", "logaddexp", "erf",
 }  # fmt: skip
 _OPERATORS = {
     "radd", "rsub", "rmul", "rdiv", "truediv", "rtruediv", "floordiv", "rpow", "invert", "and", "or", "rand", "ror",
@@ -67,6 +67,9 @@ def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
         return NotImplemented
     if base in ("zero", "fill"):
         indexing.write(target, ..., args[1] if base == "fill" else 0)
+        return target
+    if base in ("copy", "tril", "triu"):
+        indexing.write(target, ..., args[1] if base == "copy" else getattr(target, base)(*args[1:], **kwargs))
         return target
     if base not in _BASE:
         return NotImplemented

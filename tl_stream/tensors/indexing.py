@@ -7,6 +7,7 @@ Any index that torch knows is applied to the coordinates of the entries instead 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.row_writes import fits, write_rows
-from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.view import Selection, is_integer
 
 MAX_WINDOW = 2**24
@@ -34,23 +35,48 @@ def read(tensor: BlockSparseTensor, key: Any) -> Tensor:
     taken = _take(tensor, key)
     if taken is not None:
         return taken
-    found = window(tensor, lambda grid: grid[key])
-    return SliceView.of(found, tensor, lambda grid: grid[key]) if _is_basic(key) else found
+    picked = Picked(tensor, lambda grid: grid[key])
+    return SliceView.of(picked) if _is_basic(key) else picked.read()
 
 
-def part(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor]) -> SliceView:
-    """As `window`, for what torch gives as a view: in-place changes go back to the tensor."""
-    return SliceView.of(window(tensor, pick), tensor, pick)
+@dataclass(frozen=True, eq=False)
+class Picked(Source):
+    """The entries that a function of an ordinary tensor (indexing, diagonal, ...) picks out of a sparse one.
 
+    Attributes:
+        tensor: The sparse tensor.
+        pick: The function.
+    """
 
-def window(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
-    """The entries that `pick` (indexing, diagonal, ...) takes from a tensor of this shape, as a plain tensor."""
-    grids = [pick(grid) for grid in tensor._view.coordinates(tensor._data.layout.device)]
-    _check_window(tensor, grids[0])
-    flat = [grid.reshape(-1) for grid in grids]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not tensor._detached):
-        found = tensor._data.entries(*flat).to(tensor.dtype).view(grids[0].shape)
-    return found.detach() if tensor._detached else found
+    tensor: BlockSparseTensor
+    pick: Callable[[Tensor], Tensor]
+
+    @property
+    def version(self) -> int:
+        return self.tensor.version
+
+    def read(self) -> Tensor:
+        """The entries as a plain tensor.
+
+        Raises:
+            ValueError: More than `MAX_WINDOW` of them and than 16 rows of every head.
+        """
+        tensor = self.tensor
+        grids = [self.pick(grid) for grid in tensor._view.coordinates(tensor.device)]
+        _check_window(tensor, grids[0])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not tensor._detached):
+            found = tensor._data.entries(*(grid.reshape(-1) for grid in grids)).to(tensor.dtype).view(grids[0].shape)
+        return found.detach() if tensor._detached else found
+
+    def write(self, value: Tensor) -> None:
+        """Others in their place.
+
+        Raises:
+            ValueError: A value other than `fill` outside the kept blocks.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.tensor._data.in_graph):
+            write_picked(self.tensor, self.pick, value)
+        self.tensor._data.version += 1
 
 
 def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
@@ -97,17 +123,6 @@ def _in_blocks(data: BlockData, batch: Tensor, head: Tensor, rows: Tensor, keys:
     queries = (query_pos < layout.mask.query_length) & rows[query_pos.clamp(max=layout.mask.query_length - 1)]
     inside = columns[:, :, :, None] & queries[:, :, None]
     return inside & batch[:, None, None, None, None] & head[:, None, None, None]
-
-
-def write_part(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor], value: Tensor) -> None:
-    """What `part` gave, changed, goes back.
-
-    Raises:
-        ValueError: As `write`.
-    """
-    with torch.set_grad_enabled(torch.is_grad_enabled() or tensor._data.in_graph):
-        write_picked(tensor, pick, value)
-    tensor._data.version += 1
 
 
 def write_picked(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor], value: Any, extend: bool = False) -> None:

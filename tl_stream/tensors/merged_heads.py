@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_stream.tensors.attention_ops import matmul
+from tl_stream.tensors.attention_ops import product
 from tl_stream.tensors.block_sparse import BlockSparsePattern
 from tl_stream.tensors.wrapper import Wrapper
 
@@ -32,7 +32,7 @@ class MergedHeads(Wrapper):
 
 
 def _weigh(merged: MergedHeads, v: Tensor) -> Any:
-    z = matmul(merged.pattern, v.unflatten(0, merged.pattern.shape[:2]))
+    z = product(merged.pattern, v.unflatten(0, merged.pattern.shape[:2]), transposed=False)
     return z if z is NotImplemented else z.flatten(0, 1)
 
 

@@ -80,4 +80,3 @@ def _getitem(tensor: Any, key: Any) -> Any:
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {"max": _max, "sub": _sub, "softmax": _softmax, "to": _to, "getitem": _getitem}
-HANDLERS: dict[str, Callable[..., Any]] = {"cat": cat}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,24 @@ import torch
 from torch import Tensor
 
 from tl_stream.tensors.names import function_name, is_in_place
+from tl_stream.tensors.wrapper import SparseTensor
+
+
+class Source:
+    """Where entries were taken out of a sparse tensor, and go back to."""
+
+    @property
+    def version(self) -> int:
+        """Number of writes so far."""
+        raise NotImplementedError
+
+    def read(self) -> Tensor:
+        """The entries as they are now."""
+        raise NotImplementedError
+
+    def write(self, value: Tensor) -> None:
+        """Put others in their place."""
+        raise NotImplementedError
 
 
 class SliceView(Tensor):
@@ -20,31 +37,29 @@ class SliceView(Tensor):
     """
 
     _buffer: Tensor
-    _parent: Any
-    _pick: Callable[[Tensor], Tensor]
+    _source: Source
     _version_read: int
 
     @classmethod
-    def of(cls, buffer: Tensor, parent: Any, pick: Callable[[Tensor], Tensor]) -> SliceView:
-        """The entries that `pick` takes from `parent`, read just now into `buffer`."""
-        return cls._share(buffer, buffer, parent, pick, parent._data.version)
+    def of(cls, source: Source) -> SliceView:
+        """The entries of `source`, read now."""
+        buffer = source.read()
+        return cls._share(buffer, buffer, source, source.version)
 
     @classmethod
-    def _share(cls, part: Tensor, buffer: Tensor, parent: Any, pick: Callable[[Tensor], Tensor], version: int) -> SliceView:
+    def _share(cls, part: Tensor, buffer: Tensor, source: Source, version: int) -> SliceView:
         view = part.as_subclass(cls)
-        view._buffer, view._parent, view._pick, view._version_read = buffer, parent, pick, version
+        view._buffer, view._source, view._version_read = buffer, source, version
         return view
 
     @property
     def is_sparse_part(self) -> bool:
         """Whether this shows entries of a sparse tensor (rather than being left over from a copy)."""
-        return hasattr(self, "_parent")
+        return hasattr(self, "_source")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from tl_stream.tensors.block_sparse import BlockSparseTensor
-
-        if any(issubclass(t, BlockSparseTensor) for t in types):
+        if any(issubclass(t, SparseTensor) for t in types):
             return NotImplemented
         kwargs = kwargs or {}
         name = function_name(func)
@@ -57,31 +72,27 @@ class SliceView(Tensor):
         if target is not None:
             target._commit()
             return None if name == "setitem" else target
-        return views[0]._follow(result) if views else result
+        return views[0].follow(result) if views else result
 
-    def _follow(self, result: Any) -> Any:
+    def follow(self, result: Any) -> Any:
         """`result`, where it shares the buffer's memory, as something that can't lose a write."""
         if isinstance(result, tuple | list) and type(result) in (tuple, list):
-            return type(result)(self._follow(item) for item in result)
+            return type(result)(self.follow(item) for item in result)
         if isinstance(result, np.ndarray):
             result.flags.writeable = False
         if isinstance(result, Tensor) and _shares_memory(result, self._buffer):
-            return self._share(result, self._buffer, self._parent, self._pick, self._version_read)
+            return self._share(result, self._buffer, self._source, self._version_read)
         return result
 
     def _refresh(self) -> None:
         """Read the entries again if the sparse tensor was written to since, as a view would see them."""
-        from tl_stream.tensors.indexing import window
-
-        if self._parent._data.version != self._version_read:
-            self._buffer.copy_(window(self._parent, self._pick))
-            self._version_read = self._parent._data.version
+        if self._source.version != self._version_read:
+            self._buffer.copy_(self._source.read())
+            self._version_read = self._source.version
 
     def _commit(self) -> None:
-        from tl_stream.tensors.indexing import write_part
-
-        write_part(self._parent, self._pick, self._buffer)
-        self._version_read = self._parent._data.version
+        self._source.write(self._buffer)
+        self._version_read = self._source.version
 
 
 def _plain(x: Any) -> Any:

@@ -14,10 +14,13 @@ from tl_stream import score_mod
 from tl_stream.config import StreamConfig
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
+from tl_stream.tensors.arranged import ArrangedTensor, arrange
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores, BlockSparseTensor
 from tl_stream.tensors.data import BlockData, LazyData, PatternData, ScoresData
 from tl_stream.tensors.products import Origin, Products
+from tl_stream.tensors.stacked import StackedTensor
 from tl_stream.tensors.view import View
+from tl_stream.tensors.wrapper import SparseTensor
 
 _KINDS = {cls.__name__: cls for cls in (BlockSparseTensor, BlockSparseScores, BlockSparsePattern)}
 _DATA = {cls.__name__: cls for cls in (BlockData, ScoresData, PatternData)}
@@ -51,6 +54,10 @@ class Packer:
 
     def pack(self, tensor: Tensor) -> dict[str, Any]:
         """Any activation: an ordinary tensor or a sparse one."""
+        if isinstance(tensor, ArrangedTensor):
+            return {"kind": "ArrangedTensor", "base": self.pack(tensor.base), "groups": tensor.arrangement.groups}
+        if isinstance(tensor, StackedTensor):
+            return {"kind": "StackedTensor", "parts": [self.pack(part) for part in tensor.parts]}
         if not isinstance(tensor, BlockSparseTensor):
             return {"kind": "Tensor", "tensor": self.add(tensor)}
         data, view = tensor._data, tensor._view
@@ -111,10 +118,14 @@ class Unpacker:
         tensor = self.tensors[entry["name"]].view(entry["shape"])
         return tensor.transpose(1, 2) if entry["swapped"] else tensor
 
-    def unpack(self, entry: dict[str, Any]) -> Tensor:
+    def unpack(self, entry: dict[str, Any]) -> Any:
         """What `Packer.pack` described."""
         if entry["kind"] == "Tensor":
             return self._tensor(entry["tensor"])
+        if entry["kind"] == "ArrangedTensor":
+            return arrange(self.unpack(entry["base"]), tuple(tuple(group) for group in entry["groups"]))
+        if entry["kind"] == "StackedTensor":
+            return StackedTensor(tuple(self.unpack(part) for part in entry["parts"]))
         origin = Origin(self.config, entry["layer"], entry["dense"], self.fallbacks)
         data = _DATA[entry["data"]](self._layout(entry["layout"]), entry["fill"], origin, self.get(entry["values"]))
         products = None
@@ -149,11 +160,11 @@ class Unpacker:
         return _MODS[value["kind"]](**{key: self._setting(x) for key, x in value.items() if key != "kind"})
 
 
-def reduced(tensor: BlockSparseTensor) -> tuple[Any, ...]:
+def reduced(tensor: SparseTensor) -> tuple[Any, ...]:
     """A sparse tensor for pickle: q, k, layout and log-sum-exp, or the kept values where it was written to; no gradients."""
     packer = Packer()
     description = packer.pack(tensor)
-    return rebuild, (packer.tensors, description, asdict(tensor._data.origin.config))
+    return rebuild, (packer.tensors, description, asdict(tensor.origin.config))
 
 
 def rebuild(tensors: dict[str, Tensor], description: dict[str, Any], settings: dict[str, Any]) -> Tensor:

@@ -45,8 +45,9 @@ class View:
 
     def on(self, batch: int, heads: int) -> View:
         """The same dimensions, rows and keys, on data of so many batch elements and heads, all of them shown."""
-        kept = (0 if isinstance(axis, int) else range(n) for axis, n in ((self.batch, batch), (self.head, heads)))
-        return View(*kept, self.rows, self.n_keys)
+        texts: Axis = 0 if isinstance(self.batch, int) else range(batch)
+        kept: Axis = 0 if isinstance(self.head, int) else range(heads)
+        return View(texts, kept, self.rows, self.n_keys)
 
     def is_whole(self, shape: tuple[int, int, int, int]) -> bool:
         """Whether this shows everything of data of that shape, with all four dimensions."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_stream.tensors.names import function_name
+from tl_stream.tensors.products import Origin
 
 _METADATA = {
     "shape", "ndim", "dtype", "device", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "layout",
@@ -60,3 +61,48 @@ class Wrapper(Tensor):
             f"{func} reached {cls.what} below torch's Python interface (as torch.tensor(x) and vmap do), where there is "
             f"nothing to compute with; {cls.advice}."
         )
+
+
+class SparseTensor(Wrapper):
+    """A wrapper around kept blocks, which can be made dense."""
+
+    what = "a sparse tensor that holds only kept blocks"
+    advice = "call .to_dense() first, or .detach()/.clone() where you used .data"
+
+    @property
+    def origin(self) -> Origin:
+        """Where the blocks come from."""
+        raise NotImplementedError
+
+    @property
+    def version(self) -> int:
+        """Number of writes to what is shown, so far."""
+        raise NotImplementedError
+
+    def in_own_order(self, letters: str) -> tuple[Any, str] | None:
+        """The tensor with query and key last, and the letters of its dimensions in that order; None where some are merged."""
+        return self, letters
+
+    def product(self, x: Tensor, transposed: bool) -> Any:
+        """`self @ x`, or `self.mT @ x`, where x broadcasts over the dimensions before those; NotImplemented if unknown."""
+        raise NotImplementedError
+
+    def stored_tensors(self) -> list[Tensor]:
+        """The ordinary tensors that hold this one's memory."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from tl_stream.tensors.storage import reduced
+
+        return reduced(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+    def to_dense(self) -> Tensor:  # type: ignore[override]
+        """An ordinary tensor of all entries.
+
+        Raises:
+            ValueError: More entries than `tl_stream.layout.MAX_DENSE_ENTRIES`.
+        """
+        raise NotImplementedError
