@@ -15,8 +15,6 @@ from tl_stream.cli import main
 from tl_stream.demo import answer, job
 from tl_stream.models import load
 
-pytest.importorskip("transformer_lens.HookedTransformer", reason="the demo runs on HookedTransformer")
-
 TOKENS = 1024
 KEYS = {
     "tokens", "expected", "answer_dense", "answer_sparse", "pruned", "cache_bytes_dense", "cache_bytes_sparse",

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from zoo import VARIANTS, build, dense, gap, mask_hooks, tokens
+from zoo import NEEDS_HOOKED, VARIANTS, build, dense, gap, mask_hooks, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
+
+pytestmark = NEEDS_HOOKED
 
 FULL = StreamConfig(block_q=8, block_k=8, k=1000, max_dense=0)
 PRUNED = StreamConfig(block_q=8, block_k=8, k=3, beam=1, max_dense=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -295,6 +296,6 @@ def test_low_precision_backward(dtype: torch.dtype) -> None:
     low = build("gqa", torch.float32).to(dtype)
     with low.hooks(fwd_hooks=mask_hooks(cache)):
         dense_grad = torch.autograd.grad(low(text, return_type="loss").float(), low.W_E)[0]
-    with tl_stream.sparse(low, CONFIG):
+    with tl_stream.sparse(low, replace(CONFIG, layout_from=cache)):
         found = torch.autograd.grad(low(text, return_type="loss").float(), low.W_E)[0]
     assert (found - exact).abs().mean() <= 2 * (dense_grad - exact).abs().mean()

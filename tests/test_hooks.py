@@ -162,7 +162,7 @@ PATCHING = [name for name in dir(patching) if name.startswith("get_act_patch_")]
 @torch.no_grad()
 def test_transformer_lens_patching(name: str) -> None:
     """With layouts that don't depend on the input, so that one mask serves every patched run."""
-    assert len(PATCHING) == 18
+    assert len(PATCHING) >= 18
     function = getattr(patching, name)
     model = build("gqa" if "_every" not in name else "standard", n_layers=2)
     clean, corrupted = tokens(14, batch=1, seed=1), tokens(14, batch=1, seed=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from tl_stream.hosts import model_classes
 from tl_stream.models import checkpoint, load, load_tokenizer
 from tl_stream.models.curriculum import TRAINING_SEEDS, Curriculum
 from tl_stream.models.decoder import Decoder
@@ -23,9 +24,8 @@ from tl_stream.models.tokenizer import build_tokenizer
 from tl_stream.models.train import STAGES
 from tl_stream.tasks import niah, niah_multikey_1, reasoning_trace, variable_tracking
 
-transformer_lens = pytest.importorskip("transformer_lens")
 needs_hooked = pytest.mark.skipif(
-    not hasattr(transformer_lens, "HookedTransformer"), reason="transformer-lens 4 has no HookedTransformer"
+    "hooked_transformer" not in model_classes().values(), reason="transformer-lens 4 has no HookedTransformer"
 )
 TEXT = "The grass is green. One of the special magic numbers for otter is: 4071923. Mia has 7 marbles."
 
@@ -117,8 +117,9 @@ def test_unknown_names_and_hosts_list_the_known_ones() -> None:
         load(host="jax")
 
 
+@needs_hooked
 def test_hooked_says_what_to_do_without_hooked_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(transformer_lens, "HookedTransformer", raising=False)
+    monkeypatch.delattr("transformer_lens.HookedTransformer", raising=False)
     monkeypatch.setitem(sys.modules, "transformer_lens.HookedTransformer", None)
     with pytest.raises(ImportError, match="use host='bridge'"):
         load(host="hooked")

@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
-from zoo import build, gap, tokens
+from zoo import NEEDS_HOOKED, build, gap, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.hosts import model_classes
+
+pytestmark = NEEDS_HOOKED
 
 CONFIG = StreamConfig(block_q=8, block_k=8, k=3)
+MODEL = next(iter(model_classes()))
 
 
-def state(model: HookedTransformer) -> dict[str, Any]:
+def state(model: Any) -> dict[str, Any]:
     """Everything that tracing could leave behind: attributes, hooks and buffers of every module."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -134,16 +137,16 @@ def test_reset_hooks_does_not_end_the_tracing() -> None:
 
 
 def test_importing_registers_the_method_and_nothing_else() -> None:
-    assert vars(HookedTransformer)["run_with_sparse_cache"] is tl_stream.run_with_sparse_cache
+    assert vars(MODEL)["run_with_sparse_cache"] is tl_stream.run_with_sparse_cache
     tl_stream.register()
-    added = {name for name, value in vars(HookedTransformer).items() if "tl_stream" in str(getattr(value, "__module__", ""))}
+    added = {name for name, value in vars(MODEL).items() if "tl_stream" in str(getattr(value, "__module__", ""))}
     assert added == {"run_with_sparse_cache"}
 
 
 def test_registering_refuses_to_overwrite(monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs(self: Any) -> None: ...
 
-    monkeypatch.setattr(HookedTransformer, "run_with_sparse_cache", theirs)
+    monkeypatch.setattr(MODEL, "run_with_sparse_cache", theirs)
     with pytest.raises(AttributeError, match=r"exists already.*does not overwrite it"):
         tl_stream.register()
-    assert vars(HookedTransformer)["run_with_sparse_cache"] is theirs
+    assert vars(MODEL)["run_with_sparse_cache"] is theirs

@@ -1,17 +1,26 @@
-"""Small random HookedTransformers, one for each way in which their attention can differ."""
+"""Small random models, one for each way in which a HookedTransformer's attention can differ.
+
+TransformerLens 4 has no HookedTransformer: there, bridges that compute in float64 throughout take the place of a few variants
+(`test_families` has all others), and tests of the other variants are skipped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import families
+import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_stream import SparseActivationCache
+from tl_stream.hosts import model_classes
 from tl_stream.tensors.wrapper import SparseTensor
 
+HAS_HOOKED = "hooked_transformer" in model_classes().values()
+NEEDS_HOOKED = pytest.mark.skipif(not HAS_HOOKED, reason="transformer-lens 4 has no HookedTransformer")
+BRIDGES = {"standard": "GPT-2", "gqa": "GPT-2", "rotary": "GPT-NeoX"}
 GQA = {"n_key_value_heads": 2, "positional_embedding_type": "rotary", "rotary_dim": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
@@ -34,6 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def build(variant: str = "gqa", dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """A 3-layer model of 4 heads with n_ctx 128; weights large enough for attention to be far from uniform."""
+    if not HAS_HOOKED:
+        return _bridge(variant, dtype, **overrides)
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
     settings: dict[str, Any] = {
         "n_layers": 3, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 48, "n_ctx": 128, "d_vocab": 40,
         "act_fn": "gelu", "normalization_type": "LN", "seed": 0, "dtype": dtype, **VARIANTS[variant], **overrides,
@@ -45,6 +58,14 @@ def build(variant: str = "gqa", dtype: torch.dtype = torch.float64, **overrides:
             if name.endswith(("W_Q", "W_K", "sinks", "w")) or "_W_K" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.5)
     return model.eval()
+
+
+def _bridge(variant: str, dtype: torch.dtype, n_ctx: int = 128, **overrides: Any) -> Any:
+    """The bridge that stands for a variant, with the same sizes; ends the test where there is none."""
+    overrides = {name: value for name, value in overrides.items() if (name, value) != ("d_vocab", 40)}
+    if variant not in BRIDGES or overrides:
+        pytest.skip(f"HookedTransformer only, which transformer-lens 4 doesn't have: {variant} {overrides or ''}")
+    return families.build(BRIDGES[variant], dtype, n_ctx)
 
 
 def tokens(length: int = 61, batch: int = 2, seed: int = 0) -> Tensor:

@@ -47,7 +47,7 @@ def load(
 ) -> HookedTransformer | TransformerBridge | LlamaForCausalLM: ...
 def load(
     name: str | Path = DEFAULT,
-    host: str = "hooked",
+    host: str = "bridge",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HookedTransformer | TransformerBridge | LlamaForCausalLM:
@@ -55,7 +55,7 @@ def load(
 
     Args:
         name: a bundled model, or a folder written by `python -m tl_stream.models.train`.
-        host: "hooked" for a HookedTransformer (transformer-lens 3.x only), "bridge" for a TransformerBridge, "hf" for
+        host: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer (transformer-lens 3.x only), "hf" for
             the transformers model alone (its tokenizer: `load_tokenizer`).
         device: where the weights go.
         dtype: what they are converted to; they are stored as float32.
