@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """`numel` is the largest number of elements of any tensor that an operation made; `total` their sum, views left out.
+    """`numel` is the largest number of elements of any tensor that an operation made, `total` their sum; views left out.
 
     Tensors without data (on the meta device) do not count.
     """
@@ -24,8 +24,8 @@ class LargestTensor(TorchDispatchMode):
         known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
+            if isinstance(leaf, Tensor) and not leaf.is_meta and leaf.untyped_storage().data_ptr() not in known:
                 numel = leaf.untyped_storage().nbytes() // max(leaf.element_size(), 1)
                 self.numel = max(self.numel, numel)
-                self.total += 0 if leaf.untyped_storage().data_ptr() in known else numel
+                self.total += numel
         return result

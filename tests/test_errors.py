@@ -111,7 +111,9 @@ def test_other_models() -> None:
         n_layers=1, d_model=8, n_ctx=16, d_head=4, d_vocab=10, act_fn="gelu", attention_dir="bidirectional"
     )
     for model in (HookedEncoder(cfg), torch.nn.Linear(2, 2), None):
-        with pytest.raises(TypeError, match=r"expected a transformer_lens.HookedTransformer \(encoders and encoder-decoder"):
+        with pytest.raises(
+            TypeError, match=r"expected a HookedTransformer or a TransformerBridge of transformer_lens \(encoders"
+        ):
             tl_stream.run_with_sparse_cache(model, tokens())
 
 

@@ -560,7 +560,11 @@ def test_gradients_are_taken_on_the_pattern_itself() -> None:
     model = build("gqa")
     logits, cache = model.run_with_sparse_cache(tokens(), config=StreamConfig(block_q=8, block_k=8, k=3))
     for shown in (cache["pattern", 1].mT, cache.stack_activation("pattern")):
-        for call in (lambda x: torch.autograd.grad(logits.sum(), x), lambda x: x.register_hook(print), lambda x: x.retain_grad()):
+        for call in (
+            lambda x: torch.autograd.grad(logits.sum(), x),
+            lambda x: x.register_hook(print),
+            lambda x: x.retain_grad(),
+        ):
             with pytest.raises(NotImplementedError, match="call it on the pattern or the scores themselves"):
                 call(shown)
 

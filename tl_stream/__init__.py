@@ -4,6 +4,7 @@ from tl_stream import models, tasks
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
+from tl_stream.hosts import Support, supports
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors import BlockSparsePattern, BlockSparseScores
 from tl_stream.tracing import register, run_with_sparse_cache, sparse
@@ -15,10 +16,12 @@ __all__ = [
     "BlockSparseScores",
     "SparseActivationCache",
     "StreamConfig",
+    "Support",
     "estimate_layout",
     "models",
     "run_with_sparse_cache",
     "sparse",
+    "supports",
     "tasks",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class SparseActivationCache(ActivationCache):
         packer = Packer()
         description = {
             "activations": {name: packer.pack(tensor) for name, tensor in self.cache_dict.items()},
-            "config": asdict(self.config),
+            "config": asdict(replace(self.config, layout_from=None)),
             "has_batch_dim": self.has_batch_dim,
         }
         path = Path(path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ESTIMATORS = ("dual", "exact", "window", "random")
 BACKENDS = ("gather", "reference")
+DECODE = ("sparse", "exact")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class StreamConfig:
         keep_local: Keep every query block's own key block, whatever its score.
         keep_sink: Keep the first key block, whatever its score.
         dense_layers: Layers left dense: the first n (an int), or the given layer indices (a tuple).
+        layout_from: A cache of an earlier run, whose kept blocks this run keeps, too, instead of estimating its own: to
+            compare or patch runs on the same blocks. The texts must be of one length.
+        decode: What a step of generation (one query, earlier keys in a KV cache) reads: `"sparse"`, the `k` key blocks
+            estimated for it, or `"exact"`, everything.
         backend: `"gather"` (plain torch, linear memory) or `"reference"` (dense mask; for checking, small inputs only).
         max_dense: Largest number of entries that an operation unknown to the sparse tensors may make dense on its own.
             0 switches that off: such an operation then always raises.
@@ -46,6 +51,8 @@ class StreamConfig:
     keep_local: bool = False
     keep_sink: bool = False
     dense_layers: int | tuple[int, ...] = 0
+    layout_from: Any = field(default=None, compare=False)
+    decode: str = "sparse"
     backend: str = "gather"
     max_dense: int = 2**22
     compile: bool = False
@@ -64,6 +71,12 @@ class StreamConfig:
                 raise TypeError(f"{name} was {getattr(self, name)!r}; expected True or False.")
         _check_choice("estimator", self.estimator, ESTIMATORS)
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("decode", self.decode, DECODE)
+        if self.layout_from is not None and not callable(getattr(self.layout_from, "block_layout", None)):
+            raise TypeError(
+                f"layout_from was a {type(self.layout_from).__name__}; expected a SparseActivationCache (of a run that cached "
+                "hook_pattern), or None."
+            )
         if self.estimator == "random" and self.seed is None:
             raise ValueError("seed was None with estimator='random'; expected an int >= 0. Pass seed=0, for example.")
         if self.keep_local + self.keep_sink > self.k:

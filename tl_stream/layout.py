@@ -231,6 +231,22 @@ class BlockLayout:
         part = self._with_indices(lambda indices: indices[texts][:, heads], mask)
         return replace(part, batch=len(texts), n_heads=len(heads))
 
+    def for_run(self, mask: AttentionMask, batch: int, n_heads: int) -> BlockLayout:
+        """The same blocks under the mask of another run; a layout of one text serves every text.
+
+        Raises:
+            ValueError: The run is of another size.
+        """
+        own, other = self.shape, (batch, n_heads, mask.query_length, mask.key_length)
+        if own[1:] != other[1:] or own[0] not in (1, batch):
+            raise ValueError(
+                f"layout_from held a layout of (batch, head_index, query_pos, key_pos) = {own}; expected {other}, the size of "
+                "this run. Trace a text of the same length, or leave layout_from out."
+            )
+        texts = torch.arange(batch, device=self.device) % own[0]
+        part = self if own[0] == batch else self.select(texts, torch.arange(n_heads, device=self.device))
+        return replace(part.to(mask.device), mask=mask)
+
     def __repr__(self) -> str:
         batch, heads, queries, keys = self.shape
         kept = "full" if self.is_full else f"k <= {self.n_slots} of {self.n_kv_blocks} key blocks"

@@ -80,6 +80,27 @@ class AttentionMask:
         valid = None if self.key_valid is None else self.key_valid.to(device)
         return AttentionMask(start, self.stop.to(device), self.key_length, valid)
 
+    def intersect(self, other: AttentionMask) -> AttentionMask:
+        """The pairs that both masks allow.
+
+        Raises:
+            ValueError: The masks are of different sizes.
+        """
+        sizes = (self.query_length, self.key_length), (other.query_length, other.key_length)
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"other was a mask of {sizes[1]} queries and keys; expected {sizes[0]}, as this one has.")
+        starts = [x for x in (self.start, other.start) if x is not None]
+        start = torch.maximum(*starts) if len(starts) == 2 else next(iter(starts), None)
+        both = AttentionMask(start, torch.minimum(self.stop, other.stop), self.key_length, self.key_valid)
+        return both if other.key_valid is None else both.with_padding(other.key_valid)
+
+    def part(self, rows: range, keys: range) -> AttentionMask:
+        """The mask of some queries and keys (ranges of step 1), counted from the first of each."""
+        start = None if self.start is None else (self.start[rows.start : rows.stop] - keys.start).clamp(0, len(keys))
+        stop = (self.stop[rows.start : rows.stop] - keys.start).clamp(0, len(keys))
+        valid = None if self.key_valid is None else self.key_valid[:, keys.start : keys.stop]
+        return AttentionMask(start, stop, len(keys), valid)
+
     def with_padding(self, key_valid: Bool[Tensor, "batch key_pos"]) -> AttentionMask:
         """The same mask, less the keys that `key_valid` calls padding."""
         valid = key_valid if self.key_valid is None else self.key_valid & key_valid

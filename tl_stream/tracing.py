@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
-from tl_stream.hosts import hooked_transformer_class, host_of
+from tl_stream.hosts import host_of, model_classes
 from tl_stream.tensors.products import Origin
 
 
@@ -38,19 +38,23 @@ def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: in
     found, also after an exception. Contexts nest: the inner one counts.
 
     Args:
-        model: A causal HookedTransformer.
+        model: A causal HookedTransformer or TransformerBridge.
         config: What to keep; None: the defaults.
         logits_to_keep: Unembed only the last so many positions; None: all.
 
     Raises:
         TypeError: The model or the config is of the wrong type.
         ValueError: The model can't be traced, or the config names layers that it doesn't have. Within the context: an input
-            that is empty or longer than n_ctx, and NaN in q or k.
+            that is empty or longer than n_ctx, NaN in q or k, and a `layout_from` of another size.
+        KeyError: `layout_from` lacks a layer.
     """
     config = _check_config(config)
     _check_logits_to_keep(logits_to_keep)
     host = host_of(model)
     dense = config.dense_layer_indices(model.cfg.n_layers)
+    if config.layout_from is not None:
+        for layer in host.attention_layers(model).keys() - dense:
+            config.layout_from.block_layout(layer)
     trace = Trace(config)
     with ExitStack() as stack:
         host.install(model, lambda layer: Origin(config, layer, layer in dense, trace.fallbacks), stack)
@@ -73,7 +77,7 @@ def run_with_sparse_cache(
     """`run_with_cache` with sparse attention: the same arguments, the same keys, no T x T tensor.
 
     Args:
-        model: A causal HookedTransformer (this function is also its method `run_with_sparse_cache`).
+        model: A causal HookedTransformer or TransformerBridge (this function is also its method `run_with_sparse_cache`).
         *model_args: As for `run_with_cache`: tokens `[batch, pos]` or text.
         config: What to keep; None: the defaults of `StreamConfig`.
         logits_to_keep: Return the logits of the last so many positions only: `[batch, n, d_vocab]`. None: of all.
@@ -96,7 +100,7 @@ def run_with_sparse_cache(
         )
     with (
         sparse(model, config, logits_to_keep=logits_to_keep) as trace,
-        host_of(model).unchanged_on_error(kwargs.get("past_kv_cache")),
+        host_of(model).unchanged_on_error(kwargs),
     ):
         output, activations = model.run_with_cache(
             *model_args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
@@ -109,21 +113,20 @@ def run_with_sparse_cache(
 
 
 def register() -> None:
-    """Make `run_with_sparse_cache` a method of HookedTransformer, as importing tl_stream does.
+    """Make `run_with_sparse_cache` a method of TransformerLens's model classes, as importing tl_stream does.
 
     Raises:
-        AttributeError: The class has an attribute of that name that isn't ours.
+        AttributeError: A class has an attribute of that name that isn't ours.
     """
-    owner = hooked_transformer_class()
-    if owner is None:
-        return
-    present = getattr(owner, run_with_sparse_cache.__name__, None)
-    if present is not None and getattr(present, "__module__", None) != __name__:
-        raise AttributeError(
-            f"{owner.__name__}.{run_with_sparse_cache.__name__} exists already, from {getattr(present, '__module__', '?')}; "
-            "tl_stream does not overwrite it. Remove it before importing tl_stream."
-        )
-    setattr(owner, run_with_sparse_cache.__name__, run_with_sparse_cache)
+    name = run_with_sparse_cache.__name__
+    for owner in model_classes():
+        present = getattr(owner, name, None)
+        if present is not None and getattr(present, "__module__", None) != __name__:
+            raise AttributeError(
+                f"{owner.__name__}.{name} exists already, from {getattr(present, '__module__', '?')}; tl_stream does not "
+                "overwrite it. Remove it before importing tl_stream."
+            )
+        setattr(owner, name, run_with_sparse_cache)
 
 
 def _check_config(config: Any) -> StreamConfig:

@@ -11,11 +11,10 @@ from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.abstract_attention import AbstractAttention
 
+from tl_stream.hosts.hooks import check_length, stream, to_all_tokens, watch_gradient
 from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.alibi import AlibiBias
-from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.gradients import watch
 from tl_stream.tensors.products import Origin
 from tl_stream.tensors.scores import AttentionScores, CaptureProduct
 
@@ -31,17 +30,23 @@ def why_not(model: Any) -> str | None:
     return None
 
 
+def attention_layers(model: Any) -> dict[int, AbstractAttention]:
+    """The attention of each layer."""
+    return {layer: block.attn for layer, block in enumerate(model.blocks)}
+
+
 def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
     """Put Stream between q . k and the softmax of every layer, until `stack` is closed."""
-    stack.enter_context(override_method(model, "to_tokens", partial(_to_all_tokens, model)))
-    stack.enter_context(first_hook(model.hook_embed, partial(_check_length, n_ctx=model.cfg.n_ctx)))
-    for layer, block in enumerate(model.blocks):
-        _install_attention(block.attn, origin_of(layer), stack)
+    stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
+    stack.enter_context(first_hook(model.hook_embed, partial(check_length, n_ctx=model.cfg.n_ctx)))
+    for layer, attn in attention_layers(model).items():
+        _install_attention(attn, origin_of(layer), stack)
 
 
 @contextmanager
-def unchanged_on_error(past_kv_cache: TransformerLensKeyValueCache | None) -> Iterator[None]:
+def unchanged_on_error(run_arguments: dict[str, Any]) -> Iterator[None]:
     """What an interrupted run appended to a KV cache is taken back."""
+    past_kv_cache: TransformerLensKeyValueCache | None = run_arguments.get("past_kv_cache")
     if past_kv_cache is None:
         yield
         return
@@ -63,13 +68,13 @@ def _install_attention(attn: AbstractAttention, origin: Origin, stack: ExitStack
     if attn.cfg.positional_embedding_type == "alibi":
         slopes = AbstractAttention.create_alibi_multipliers(attn.cfg.n_heads, attn.cfg.device)
         stack.enter_context(override_attribute(attn, "alibi", AlibiBias(slopes, _ANY_LENGTH)))
-    stack.enter_context(first_hook(attn.hook_attn_scores, _stream))
-    stack.enter_context(first_hook(attn.hook_pattern, _watch))
+    stack.enter_context(first_hook(attn.hook_attn_scores, stream))
+    stack.enter_context(first_hook(attn.hook_pattern, watch_gradient))
 
 
 def _capture_scores(attn: AbstractAttention, origin: Origin, q: Tensor, k: Tensor) -> Tensor:
     """The model's own code, with q . k^T noted. The base class's: under grouped queries k is not expanded."""
-    with CaptureProduct(origin):
+    with CaptureProduct(origin, attn.cfg.n_heads, k.shape[2]):
         return AbstractAttention.calculate_attention_scores(attn, q, k)
 
 
@@ -87,34 +92,3 @@ def _apply_mask(
     valid = None if attention_mask is None else attention_mask.bool().to(attn_scores.device)
     mask = AttentionMask.causal(n_queries, n_keys, window=window, key_valid=valid, device=attn_scores.device)
     return attn_scores.with_mask(mask)
-
-
-def _stream(scores: Tensor, hook: Any) -> Tensor:
-    """The Stream hook. Anything but fresh scores passes: a context inside another one has already chosen."""
-    sparse = scores.to_sparse_scores() if isinstance(scores, AttentionScores) else scores
-    return _watch(sparse, hook)
-
-
-def _watch(tensor: Tensor, hook: Any) -> Tensor:
-    if isinstance(tensor, BlockSparseTensor):
-        watch(tensor, hook)
-    return tensor
-
-
-def _to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """`to_tokens` without truncation: a text that is too long raises."""
-    if len(args) < 4:
-        kwargs.setdefault("truncate", False)
-    return _check_length(type(model).to_tokens(model, input, *args, **kwargs), None, model.cfg.n_ctx)
-
-
-def _check_length(x: Tensor, hook: Any, n_ctx: int) -> Tensor:
-    batch, length = x.shape[:2]
-    if batch == 0 or length == 0:
-        raise ValueError(f"tokens were of shape {[batch, length]}; expected at least one text of at least one token.")
-    if length > n_ctx:
-        raise ValueError(
-            f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. "
-            "Shorten the text, or load the model with a larger n_ctx."
-        )
-    return x

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_stream.tensors import gradients
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
 from tl_stream.tensors.data import BlockData, PatternData, ScoresData, block_softmax
+from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.products import Origin
 from tl_stream.tensors.transposed import transposed_matmul
 
@@ -77,4 +78,22 @@ def check_numbers(name: str, x: Tensor, origin: Origin) -> None:
         )
 
 
-HANDLERS: dict[str, Callable[..., Any]] = {"softmax": softmax}
+def _dropout(pattern: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if training and p:
+        raise NotImplementedError(
+            f"dropout: the model is in training mode with an attention dropout of {p}; call model.eval() before tracing."
+        )
+    return pattern
+
+
+def _masked_fill(pattern: Any, where: Any, value: Any) -> Any:
+    """Filling what the mask hides with what stands there changes nothing."""
+    hidden = isinstance(where, MaskTensor) and where.hides and value == getattr(pattern, "fill", None)
+    return pattern if hidden else NotImplemented
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    "softmax": softmax,
+    "dropout": _dropout,
+    "masked_fill": _masked_fill,
+}

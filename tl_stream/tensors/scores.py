@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
@@ -19,13 +18,23 @@ from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import BlockSparseScores
 from tl_stream.tensors.data import ScoresData
+from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.wrapper import Wrapper
 
+FireHook = Callable[[Tensor], Tensor]
+
 
 class AttentionScores(Wrapper):
-    """Logically [batch, head_index, query_pos, key_pos]; holds q, k, the mask and the score mods."""
+    """Logically [batch, head_index, query_pos, key_pos]; holds q, k, the mask and the score mods.
+
+    Attributes:
+        products: q and k, and what was done to their product.
+        origin: Where the scores come from.
+        mask: Which pairs may attend; None: no mask was applied yet.
+        hooks: Where the model takes the softmax without firing them: its `hook_attn_scores` and `hook_pattern`.
+    """
 
     what = "attention scores that are still a product of q and k"
     advice = (
@@ -35,13 +44,20 @@ class AttentionScores(Wrapper):
     products: Products
     origin: Origin
     mask: AttentionMask | None
+    hooks: tuple[FireHook, FireHook] | None
 
     @staticmethod
-    def __new__(cls, products: Products, origin: Origin, mask: AttentionMask | None = None) -> AttentionScores:
-        """Scores of `products`; `mask` None: none applied yet."""
+    def __new__(
+        cls,
+        products: Products,
+        origin: Origin,
+        mask: AttentionMask | None = None,
+        hooks: tuple[FireHook, FireHook] | None = None,
+    ) -> AttentionScores:
+        """Scores of `products`."""
         q, k = products.q, products.k
         self = cls.empty((*q.shape[:3], k.shape[2]), q.dtype, q.device)
-        self.products, self.origin, self.mask = products, origin, mask
+        self.products, self.origin, self.mask, self.hooks = products, origin, mask, hooks
         return self
 
     @classmethod
@@ -54,17 +70,12 @@ class AttentionScores(Wrapper):
             products = replace(self.products, scale=self.products.scale * mod.factor)
         else:
             products = replace(self.products, score_mods=(*self.products.score_mods, mod))
-        return AttentionScores(products, self.origin, self.mask)
+        return AttentionScores(products, self.origin, self.mask, self.hooks)
 
     def with_mask(self, mask: AttentionMask) -> AttentionScores:
-        """The scores under a mask.
-
-        Raises:
-            ValueError: They have one already.
-        """
-        if self.mask is not None:
-            raise ValueError("mask: these attention scores were masked before; expected one mask, that holds everything.")
-        return AttentionScores(self.products, self.origin, mask)
+        """The scores under a mask, and under those they had."""
+        mask = mask if self.mask is None else self.mask.intersect(mask)
+        return AttentionScores(self.products, self.origin, mask, self.hooks)
 
     def to_sparse_scores(self) -> BlockSparseScores:
         """Let Stream choose the blocks to keep.
@@ -74,43 +85,90 @@ class AttentionScores(Wrapper):
         """
         if self.mask is None:
             raise ValueError("mask: no causal mask was applied to the scores; bidirectional attention is not supported.")
-        products, config = self.products, self._layer_config()
-        batch, _, n_queries, n_keys = self.shape
+        products = self.products
+        batch, _, n_queries, _ = self.shape
         if not batch or not n_queries:
             raise ValueError(f"The input was of {batch} texts of {n_queries} tokens; expected at least one of each.")
         check_numbers("q", products.q, self.origin)
         check_numbers("k", products.k, self.origin)
-        if self.origin.dense:
-            blocks = min(config.block_q, n_queries), min(config.block_k, n_keys)
-            layout = BlockLayout.full(self.mask, *blocks, *products.q.shape[:2])
-        else:
-            layout = estimate_layout(
-                products.q, products.k, config, mask=self.mask, scale=products.scale, score_mods=products.score_mods
-            )
-        data = ScoresData(layout, -torch.inf, self.origin).of(products)
+        data = ScoresData(self._layout(), -torch.inf, self.origin).of(products)
         return BlockSparseScores(data, dtype=self.dtype)
 
-    def _layer_config(self) -> StreamConfig:
-        """The run's config; random choices differ by layer."""
-        config = self.origin.config
-        return config if config.seed is None else replace(config, seed=config.seed * 1_000_003 + self.origin.layer)
+    def _layout(self) -> BlockLayout:
+        """The blocks to keep: all, those of an earlier run, or those of the estimate."""
+        assert self.mask is not None
+        config, products = self.origin.config, self.products
+        batch, heads, n_queries, n_keys = self.shape
+        if self.origin.dense or (config.decode == "exact" and n_queries == 1):
+            return BlockLayout.full(self.mask, min(config.block_q, n_queries), min(config.block_k, n_keys), batch, heads)
+        if config.layout_from is not None:
+            return config.layout_from.block_layout(self.origin.layer).for_run(self.mask, batch, heads)
+        if config.seed is not None:  # random choices differ by layer
+            config = replace(config, seed=config.seed * 1_000_003 + self.origin.layer)
+        return estimate_layout(
+            products.q, products.k, config, mask=self.mask, scale=products.scale, score_mods=products.score_mods
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AttentionScores(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.origin.layer})"
 
 
 class CaptureProduct(TorchFunctionMode):
-    """While active, the product of 4-D queries and transposed keys is noted as `AttentionScores` instead of computed."""
+    """While active, the product of queries and transposed keys is noted as `AttentionScores` instead of computed.
 
-    def __init__(self, origin: Origin) -> None:
+    It is the first product of two [batch, head_index, _, _] tensors that model code takes; hooks, which may multiply
+    matrices too, run while the capture is `paused`.
+
+    Attributes:
+        scores: What was captured; None: nothing yet.
+        paused: Whether everything is let through.
+    """
+
+    def __init__(self, origin: Origin, n_heads: int, kv_heads: int, hooks: tuple[FireHook, FireHook] | None = None) -> None:
+        """Heads are counted where a model merges them with the batch (BLOOM), or repeats keys for its query heads."""
         super().__init__()
-        self.origin = origin
+        self.origin, self.n_heads, self.kv_heads, self.hooks = origin, n_heads, kv_heads, hooks
+        self.scores: AttentionScores | None = None
+        self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function_name(func) == "matmul" and all(isinstance(x, Tensor) and x.dim() == 4 for x in args[:2]):
-            q, k = args[0], args[1].transpose(-1, -2)
-            return AttentionScores(Products(q, k), self.origin)
+        if self.paused:
+            return func(*args, **(kwargs or {}))
+        name = function_name(func)
+        if self.scores is None:
+            self.scores = self._captured(name, args, kwargs or {})
+            if self.scores is not None:
+                return self.scores
         return func(*args, **(kwargs or {}))
+
+    def _captured(self, name: str, args: tuple, kwargs: dict) -> AttentionScores | None:
+        if name in ("matmul", "bmm") and all(_is_stack(x, 4) for x in args[:2]):
+            q, k = args[0], args[1].transpose(-1, -2)
+        elif name == "baddbmm" and all(_is_stack(kwargs.get(key), 3) for key in ("batch1", "batch2")):
+            return self._biased_product(args[0], **kwargs)
+        else:
+            return None
+        if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
+            return None
+        return AttentionScores(Products(q, _ungrouped(k, self.kv_heads)), self.origin, hooks=self.hooks)
+
+    def _biased_product(self, bias: Tensor, batch1: Tensor, batch2: Tensor, beta: float = 1, alpha: float = 1) -> Any:
+        """`beta * bias + alpha * q @ k^T`, batch and heads merged (BLOOM)."""
+        q, k = (x.unflatten(0, (-1, self.n_heads)) for x in (batch1, batch2.transpose(-1, -2)))
+        scores = AttentionScores(Products(q, k), self.origin, hooks=self.hooks)
+        return _add(scores.with_mod(Scale(alpha)), bias.unflatten(0, (-1, self.n_heads)) * beta)
+
+
+def _is_stack(x: Any, dim: int) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.dim() == dim
+
+
+def _ungrouped(k: Tensor, kv_heads: int) -> Tensor:
+    """Keys before they were repeated for the query heads of each group."""
+    if k.shape[1] <= kv_heads or k.shape[1] % kv_heads:
+        return k
+    groups = k.unflatten(1, (kv_heads, -1))
+    return groups[:, :, 0].clone() if bool((groups == groups[:, :, :1]).all()) else k
 
 
 def _multiply(scores: Any, factor: Any) -> Any:
@@ -134,7 +192,10 @@ def _add(scores: Any, bias: Any) -> Any:
         scores, bias = bias, scores
     if isinstance(bias, AlibiBias):
         return scores.with_mod(Alibi(bias.slopes, scores.shape[-1] - scores.shape[-2]))
-    if not isinstance(bias, Tensor) or isinstance(bias, AttentionScores):
+    if isinstance(bias, MaskTensor) and bias.dtype.is_floating_point:
+        scores = scores if bias.bias is None else scores.with_mod(Bias(bias.bias))
+        return scores.with_mask(bias.mask)
+    if not isinstance(bias, Tensor) or isinstance(bias, AttentionScores | MaskTensor):
         return NotImplemented
     full = bias[(None,) * (4 - bias.dim())]
     if full.shape[2] != 1 and full.shape[3] != 1:
@@ -147,11 +208,32 @@ def _to(scores: Any, *args: Any, **kwargs: Any) -> Any:
     q, k = products.q.to(*args, **kwargs), products.k.to(*args, **kwargs)
     if q is products.q and k is products.k:
         return scores
-    return AttentionScores(replace(products, q=q, k=k, versions=()), scores.origin, scores.mask)
+    return AttentionScores(replace(products, q=q, k=k, versions=()), scores.origin, scores.mask, scores.hooks)
 
 
 def _softmax(scores: Any, *args: Any, **kwargs: Any) -> Any:
-    return softmax(scores.to_sparse_scores(), *args, **kwargs)
+    if scores.hooks is None:
+        return softmax(scores.to_sparse_scores(), *args, **kwargs)
+    hook_attn_scores, hook_pattern = scores.hooks
+    return hook_pattern(torch.nn.functional.softmax(hook_attn_scores(scores), *args, **kwargs))
+
+
+def _masked_fill(scores: Any, where: Any, value: Any) -> Any:
+    """Fill with -inf, or the least number, where a mask hides."""
+    return scores.with_mask(where.mask) if isinstance(where, MaskTensor) and where.hides else NotImplemented
+
+
+def _where(condition: Any, scores: Any, value: Any) -> Any:
+    """`where(visible, scores, least number)`."""
+    visible = isinstance(condition, MaskTensor) and condition.dtype == torch.bool and not condition.hides
+    return scores.with_mask(condition.mask) if visible and isinstance(scores, AttentionScores) else NotImplemented
+
+
+def _view(scores: Any, *shape: Any) -> Any:
+    """A view of the same shape (BLOOM splits batch and heads, which are split here already)."""
+    shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+    same = len(shape) == 4 and all(given in (size, -1) for given, size in zip(shape, scores.shape, strict=True))
+    return scores if same else NotImplemented
 
 
 def _number(x: Any) -> float | None:
@@ -166,5 +248,9 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("add", "radd", "iadd", "add_"), _add),
     "tanh": _tanh,
     "to": _to,
+    "float": lambda scores: _to(scores, torch.float32),
     "softmax": _softmax,
+    **dict.fromkeys(("masked_fill", "masked_fill_"), _masked_fill),
+    "where": _where,
+    **dict.fromkeys(("view", "reshape"), _view),
 }

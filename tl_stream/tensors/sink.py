@@ -70,9 +70,13 @@ def _softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: t
     return WithSink(pattern_of(scores.sparse, dtype or scores.dtype, sink=scores.column), None)
 
 
+def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    return WithSink(tensor.sparse.to(*args, **kwargs), None) if tensor.column is None else NotImplemented
+
+
 def _getitem(tensor: Any, key: Any) -> Any:
     dropped = key == (..., slice(None, -1)) and tensor.column is None
     return tensor.sparse if dropped else NotImplemented
 
 
-_HANDLERS: dict[str, Callable[..., Any]] = {"max": _max, "sub": _sub, "softmax": _softmax, "getitem": _getitem}
+_HANDLERS: dict[str, Callable[..., Any]] = {"max": _max, "sub": _sub, "softmax": _softmax, "to": _to, "getitem": _getitem}

@@ -1,0 +1,44 @@
+"""The dense model with its attention edited between scores and values, whether or not its hooks could do that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Edit = Callable[[int, Tensor], Tensor]
+
+
+class EditedAttention(TorchFunctionMode):
+    """While active, `on_scores(layer, scores)` and `on_pattern(layer, pattern)` act on each layer's softmax in turn.
+
+    Args:
+        layers: The layers with softmax attention, in the order in which they run.
+        n_keys: Number of keys.
+    """
+
+    def __init__(self, layers: Iterable[int], n_keys: int, on_scores: Edit | None = None, on_pattern: Edit | None = None):
+        super().__init__()
+        self.layers, self.n_keys = iter(layers), n_keys
+        self.on_scores, self.on_pattern = on_scores, on_pattern
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "softmax" or args[0].dim() != 4:
+            return func(*args, **(kwargs or {}))
+        layer = next(self.layers)
+        scores = args[0].clone()
+        if self.on_scores:
+            scores[..., : self.n_keys] = self.on_scores(layer, scores[..., : self.n_keys])
+        pattern = func(scores, *args[1:], **(kwargs or {}))
+        pattern = pattern.nan_to_num()
+        if self.on_pattern:
+            pattern = torch.cat([self.on_pattern(layer, pattern[..., : self.n_keys]), pattern[..., self.n_keys :]], -1)
+        return pattern
+
+
+def masked(keep: dict[int, Tensor]) -> Edit:
+    """Scores of what `keep` doesn't allow are -inf."""
+    return lambda layer, scores: scores.masked_fill(~keep[layer], -torch.inf)

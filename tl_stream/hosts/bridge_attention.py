@@ -1,0 +1,182 @@
+"""One attention module of a TransformerBridge while it is traced.
+
+The module's own forward runs. The product of its q and k is captured, whether TransformerLens's code takes it or that of
+the Hugging Face module behind it, or whether the latter hands q and k to the attention interface. Hook points run with the
+capture paused: a user's hook may multiply matrices too. Where TransformerLens would show the attention only after the
+Hugging Face module has used it, `hook_attn_scores` and `hook_pattern` fire at the softmax instead, so that edits count.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformer_lens.hook_points import HookPoint
+
+from tl_stream.hosts.hooks import stream, watch_gradient
+from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
+from tl_stream.hosts.predicates import mask_from_predicate
+from tl_stream.masking import AttentionMask
+from tl_stream.score_mod import Scale, Tanh
+from tl_stream.tensors.mask_tensor import MaskTensor
+from tl_stream.tensors.products import Origin, Products
+from tl_stream.tensors.scores import AttentionScores, CaptureProduct
+
+
+class BridgeAttention:
+    """Stream between q . k and the softmax of one attention module."""
+
+    def __init__(self, attn: Any, origin: Origin, n_heads: int, kv_heads: int) -> None:
+        self.attn, self.origin, self.n_heads, self.kv_heads = attn, origin, n_heads, kv_heads
+        self.capture = self._new_capture()
+        self.fired: set[Module] = set()
+
+    def install(self, stack: ExitStack) -> None:
+        """Take the module over until `stack` is closed."""
+        attn = self.attn
+        for point in {*_hook_points(attn), *attn.submodules.values()}:
+            stack.enter_context(override_method(point, "_call_impl", partial(self._call_part, point)))
+        for owner, name, buffer in _mask_buffers(attn):
+            stack.enter_context(override_attribute(owner, name, _BufferMask(buffer)))
+        stack.enter_context(override_method(attn, "_call_impl", self._call))
+        stack.enter_context(override_method(attn, "_apply_reconstruct_attention_mask", self._apply_mask))
+        if hasattr(attn, "_masked_softmax"):
+            stack.enter_context(override_method(attn, "_masked_softmax", _softmax))
+        stack.enter_context(override_attribute(attn, "_pattern", attn._pattern))
+        stack.enter_context(first_hook(attn.hook_attn_scores, stream))
+        stack.enter_context(first_hook(attn.hook_pattern, watch_gradient))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """What `transformers.AttentionInterface` asks for.
+
+        Args:
+            q: Queries `[batch, head_index, query_pos, d_head]`.
+            k: Keys `[batch, kv_head_index, key_pos, d_head]`.
+            v: Values `[batch, kv_head_index, key_pos, d_v]`.
+            attention_mask: A `MaskTensor`, or None for causal attention.
+            scaling: Factor on q . k^T; None: d_head ** -0.5.
+            softcap: Scores become `softcap * tanh(scores / softcap)`.
+            s_aux: Attention sinks, one logit a head.
+            _: What other implementations take.
+
+        Returns:
+            z `[batch, query_pos, head_index, d_v]` and the pattern.
+        """
+        scores = AttentionScores(Products(q, k), self.origin).with_mod(
+            Scale(q.shape[-1] ** -0.5 if scaling is None else scaling)
+        )
+        self.capture.scores = scores
+        if softcap is not None:
+            for mod in (Scale(1 / softcap), Tanh(), Scale(softcap)):
+                scores = scores.with_mod(mod)
+        sparse = self._fire(self.attn.hook_attn_scores, self._apply_mask(scores, attention_mask, k.shape[2], q.shape[2]))
+        if s_aux is not None:
+            column = s_aux.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+            weights = torch.softmax(torch.cat([sparse, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+        else:
+            weights = torch.softmax(sparse, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        pattern = self._fire(self.attn.hook_pattern, weights.to(q.dtype))
+        z = pattern @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        return z.transpose(1, 2).contiguous(), pattern
+
+    def _new_capture(self) -> CaptureProduct:
+        hooks = partial(self._fire, self.attn.hook_attn_scores), partial(self._fire, self.attn.hook_pattern)
+        return CaptureProduct(self.origin, self.n_heads, self.kv_heads, hooks)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own call, with q . k^T noted."""
+        self.capture, self.fired = self._new_capture(), set()
+        with self.capture:
+            output = type(self.attn)._call_impl(self.attn, *args, **kwargs)
+        if self.capture.scores is None:
+            raise NotImplementedError(
+                f"The attention of layer {self.origin.layer} ({type(self.attn).__name__} around "
+                f"{type(self.attn.original_component).__name__}) took no product of q and k that could be captured; it can't "
+                "be traced."
+            )
+        self.capture, self.fired = self._new_capture(), set()
+        return output
+
+    def _call_part(self, part: Module, *args: Any, **kwargs: Any) -> Any:
+        """A hook point or projection within the module. What fired at the softmax doesn't fire again afterwards."""
+        if part in self.fired:
+            return args[0]
+        before, self.capture.paused = self.capture.paused, True
+        try:
+            return type(part)._call_impl(part, *args, **kwargs)
+        finally:
+            self.capture.paused = before
+
+    def _fire(self, point: HookPoint, x: Tensor) -> Tensor:
+        result = point(x)
+        self.fired.add(point)
+        return result
+
+    def _apply_mask(
+        self, attn_scores: Any, attention_mask: Tensor | None, seq_len: int, q_seq_len: int | None = None
+    ) -> Tensor:
+        """`_apply_reconstruct_attention_mask` without a query_pos x key_pos tensor."""
+        if isinstance(attention_mask, MaskTensor):
+            n_queries, n_keys = attn_scores.shape[-2:]
+            rows = range(attention_mask.shape[-2] - n_queries, attention_mask.shape[-2])
+            return attn_scores + attention_mask.part(rows, range(n_keys))
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise NotImplementedError(
+                f"attention_mask was a tensor of shape {tuple(attention_mask.shape)}; expected None or [batch, pos] with 0 for "
+                "padding: a query_pos x key_pos mask can't be traced in linear memory."
+            )
+        valid = None if attention_mask is None else attention_mask[:, :seq_len].bool()
+        mask = AttentionMask.causal(q_seq_len or seq_len, seq_len, key_valid=valid, device=attn_scores.device)
+        return attn_scores.with_mask(mask)
+
+
+def _hook_points(module: Module) -> list[HookPoint]:
+    return [point for point in module.modules() if isinstance(point, HookPoint)]
+
+
+def _mask_buffers(attn: Any) -> list[tuple[Module, str, Tensor]]:
+    """Square bool buffers, in which some models keep their causal mask (GPT-Neo, TransformerLens's native models)."""
+    return [
+        (module, name, buffer)
+        for module in attn.original_component.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.bool and buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]
+    ]
+
+
+class _BufferMask:
+    """Stands in the place of a mask buffer `[..., query_pos, key_pos]`: a part of it is a `MaskTensor`, found by bisection."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer.view(buffer.shape[-2:])
+        self.leading = buffer.dim() - 2
+        self.hides = not bool(self.buffer[0, 0])  # a query may always read itself
+
+    def __getitem__(self, key: Any) -> MaskTensor:
+        part = self.buffer[key[self.leading :]]
+        n_queries, n_keys = part.shape
+
+        def allows(rows: Tensor, keys: Tensor) -> Tensor:
+            return part[rows, keys] != self.hides
+
+        make = partial(mask_from_predicate, allows, n_queries, n_keys, n_keys - n_queries, part.device)
+        return MaskTensor(make, (1, 1, n_queries, n_keys), torch.bool, part.device, self.hides)
+
+
+def _softmax(attn_scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`_masked_softmax`: sparse patterns are 0 in rows without keys anyway."""
+    return torch.softmax(attn_scores, dim=-1, dtype=dtype)

@@ -1,0 +1,134 @@
+"""TransformerBridge (TransformerLens 3 and 4): Hugging Face models, and native ones, behind TransformerLens's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+from tl_stream.hosts.bridge_attention import BridgeAttention
+from tl_stream.hosts.hf_interfaces import own_implementation
+from tl_stream.hosts.hooks import check_length, to_all_tokens
+from tl_stream.hosts.overrides import override_method
+from tl_stream.tensors.products import Origin
+
+_GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
+
+_UNSUPPORTED = {
+    "GlmMoeDsaAttentionBridge": "it chooses keys itself (DeepSeek sparse attention)",
+    "XGLMAttention": "XGLM's code merges batch and heads before it multiplies q and k",
+}
+"""Attention modules, by the names of their classes, whose code leaves no place for Stream."""
+
+
+def why_not(model: Any) -> str | None:
+    """Why a TransformerBridge can't be traced; None where it can."""
+    config = getattr(model.original_model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model, whose attention isn't causal; only decoders can be traced"
+    if not _is_decoder(config) or not getattr(model.adapter, "supports_causal_loss", True):
+        return "its attention is bidirectional (an encoder, or a diffusion model); only causal attention can be made sparse"
+    if not attention_layers(model):
+        return "none of its layers has softmax attention (an attn among its parts) that TransformerLens shows"
+    reasons = {layer: _why_not_attention(attn) for layer, attn in attention_layers(model).items()}
+    return next((f"layer {layer}: {reason}" for layer, reason in reasons.items() if reason), None)
+
+
+def attention_layers(model: Any) -> dict[int, AttentionBridge]:
+    """The softmax attention of each layer that has one."""
+    found = {layer: block._modules.get("attn") for layer, block in enumerate(getattr(model, "blocks", ()))}
+    return {layer: attn for layer, attn in found.items() if isinstance(attn, AttentionBridge)}
+
+
+def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
+    """Put Stream between q . k and the softmax of every attention layer, until `stack` is closed."""
+    stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
+    handle = model.original_model.register_forward_pre_hook(partial(_check_input, model.cfg), with_kwargs=True)
+    stack.callback(handle.remove)
+    traced = []
+    for layer, attn in attention_layers(model).items():
+        traced.append(BridgeAttention(attn, origin_of(layer), *_head_counts(model.cfg, attn)))
+        traced[-1].install(stack)
+    stack.enter_context(own_implementation(_configs(model, traced), partial(_attend, _by_module(traced))))
+
+
+@contextmanager
+def unchanged_on_error(run_arguments: dict[str, Any]) -> Iterator[None]:
+    """What an interrupted run appended to a KV cache is taken back."""
+    layers = getattr(run_arguments.get("past_key_values"), "layers", None)
+    if layers is None:
+        yield
+        return
+    before = [(layer, dict(layer.__dict__)) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        layers[:] = [layer for layer, _ in before]
+        for layer, attributes in before:
+            layer.__dict__.clear()
+            layer.__dict__.update(attributes)
+        raise
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether a Hugging Face config describes a decoder. (Families that can be both say `is_decoder`.)"""
+    both = getattr(config, "model_type", None) in ("bert", "roberta")
+    return bool(getattr(config, "is_decoder", False)) if both else bool(getattr(config, "is_causal", True))
+
+
+def _why_not_attention(attn: AttentionBridge) -> str | None:
+    if attn.is_cross_attention:
+        return "it reads another text (cross-attention)"
+    if not attn.is_causal or getattr(attn.original_component, "is_causal", None) is False:
+        return "its attention is bidirectional; only causal attention can be made sparse"
+    if attn.requires_relative_position_bias:
+        return "its relative position bias (T5) is a learned query_pos x key_pos table"
+    kind = type(attn.original_component).__name__
+    return _UNSUPPORTED.get(type(attn).__name__) or _UNSUPPORTED.get(kind)
+
+
+def _head_counts(cfg: Any, attn: AttentionBridge) -> tuple[int, int]:
+    """Query and key-value heads of one attention module."""
+    n_heads = int(cfg.n_heads)
+    groups = getattr(attn.original_component, "num_key_value_groups", None)
+    if groups:
+        return n_heads, n_heads // int(groups)
+    return n_heads, int(getattr(cfg, "n_key_value_heads", None) or n_heads)
+
+
+def _configs(model: Any, traced: list[BridgeAttention]) -> list[Any]:
+    """Every Hugging Face config in which a traced module, or the code that makes its masks, looks up the implementation."""
+    config = getattr(model.original_model, "config", None)
+    found = [config, None if config is None else config.get_text_config()]
+    found += [getattr(module, "config", None) for each in traced for module in each.attn.original_component.modules()]
+    return list({id(one): one for one in found if hasattr(one, "_attn_implementation_internal")}.values())
+
+
+def _by_module(traced: list[BridgeAttention]) -> dict[Module, BridgeAttention]:
+    return {module: each for each in traced for module in each.attn.original_component.modules()}
+
+
+def _attend(traced: dict[Module, BridgeAttention], module: Module, *args: Any, **kwargs: Any) -> Any:
+    if module not in traced:
+        raise NotImplementedError(
+            f"A {type(module).__name__} outside the model's attention layers asked for attention; it can't be traced."
+        )
+    return traced[module].attend(*args, **kwargs)
+
+
+def _check_input(cfg: Any, module: Module, args: tuple, kwargs: dict) -> None:
+    x = args[0] if args else next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+    if isinstance(x, Tensor):
+        check_length(x, None, _limit(cfg, module))
+
+
+def _limit(cfg: Any, module: Module) -> int:
+    """The longest text: n_ctx, but for position schemes that grow with the text."""
+    rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    grows = rope.get("rope_type") in _GROWING_ROPE or getattr(cfg, "positional_embedding_type", None) == "alibi"
+    return 2**31 if grows else int(cfg.n_ctx)
