@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """`numel` is the largest number of elements of any tensor that an operation made, `total` their sum; views left out.
+    """`numel` is the largest number of elements of any tensor that an operation made, `total` their sum.
 
-    Tensors without data (on the meta device) do not count.
+    Views, and tensors without data (on the meta device), do not count.
     """
 
     def __init__(self) -> None:

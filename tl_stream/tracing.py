@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
 from tl_stream.hosts import host_of, model_classes
+from tl_stream.hosts.overrides import entry_hook
 from tl_stream.tensors.products import Origin
 
 
@@ -60,8 +61,7 @@ def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: in
         host.install(model, lambda layer: Origin(config, layer, layer in dense, trace.fallbacks), stack)
         if logits_to_keep is not None:
             last = slice(-logits_to_keep, None)
-            handle = model.unembed.register_forward_pre_hook(lambda _, args: (args[0][:, last], *args[1:]))
-            stack.callback(handle.remove)
+            stack.enter_context(entry_hook(model.unembed, lambda _, args, kwargs: ((args[0][:, last], *args[1:]), kwargs)))
         yield trace
 
 

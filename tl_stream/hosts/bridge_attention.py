@@ -8,6 +8,7 @@ Hugging Face module has used it, `hook_attn_scores` and `hook_pattern` fire at t
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
 from tl_stream.hosts.hooks import stream, watch_gradient
-from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
+from tl_stream.hosts.overrides import first_hook, override_attribute, override_buffer, override_method
 from tl_stream.hosts.predicates import mask_from_predicate
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Scale, Tanh
@@ -41,7 +42,7 @@ class BridgeAttention:
         for point in {*_hook_points(attn), *attn.submodules.values()}:
             stack.enter_context(override_method(point, "_call_impl", partial(self._call_part, point)))
         for owner, name, buffer in _mask_buffers(attn):
-            stack.enter_context(override_attribute(owner, name, _BufferMask(buffer)))
+            stack.enter_context(override_buffer(owner, name, _BufferMask(buffer)))
         stack.enter_context(override_method(attn, "_call_impl", self._call))
         stack.enter_context(override_method(attn, "_apply_reconstruct_attention_mask", self._apply_mask))
         if hasattr(attn, "_masked_softmax"):
@@ -154,7 +155,10 @@ def _mask_buffers(attn: Any) -> list[tuple[Module, str, Tensor]]:
         (module, name, buffer)
         for module in attn.original_component.modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if buffer.dtype == torch.bool and buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]
+        if isinstance(buffer, Tensor)
+        and buffer.dtype == torch.bool
+        and buffer.dim() >= 2
+        and buffer.shape[-1] == buffer.shape[-2]
     ]
 
 
@@ -162,12 +166,15 @@ class _BufferMask:
     """Stands in the place of a mask buffer `[..., query_pos, key_pos]`: a part of it is a `MaskTensor`, found by bisection."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer.view(buffer.shape[-2:])
-        self.leading = buffer.dim() - 2
-        self.hides = not bool(self.buffer[0, 0])  # a query may always read itself
+        self.buffer = buffer
+        self.hides = not bool(buffer.flatten()[0])  # a query may always read itself
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.buffer, memo)
 
     def __getitem__(self, key: Any) -> MaskTensor:
-        part = self.buffer[key[self.leading :]]
+        part = self.buffer[key]
+        part = part.view(part.shape[-2:])
         n_queries, n_keys = part.shape
 
         def allows(rows: Tensor, keys: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,28 +24,31 @@ from tl_stream.tensors.mask_tensor import MaskTensor
 _numbers = itertools.count()
 
 
+class _Name(str):
+    """The name of our implementation. A deep copy of a config that holds it holds what stood there before."""
+
+    before: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.before
+
+
 @contextmanager
 def own_implementation(configs: Iterable[Any], attention: Callable[..., Any]) -> Iterator[None]:
     """`attention` computes attention under `configs`, which get `MaskTensor`s for masks, meanwhile."""
     name = f"tl_stream_{next(_numbers)}"
     AttentionMaskInterface.register(name, make_mask)
     AttentionInterface.register(name, attention)
-    overrides = [override_attribute(config, "_attn_implementation_internal", name) for config in configs]
     try:
-        with _all_of(overrides):
+        with ExitStack() as stack:
+            for config in configs:
+                own = _Name(name)
+                own.before = config._attn_implementation_internal
+                stack.enter_context(override_attribute(config, "_attn_implementation_internal", own))
             yield
     finally:
         del AttentionMaskInterface._global_mapping[name]
         del AttentionInterface._global_mapping[name]
-
-
-@contextmanager
-def _all_of(contexts: list[Any]) -> Iterator[None]:
-    if not contexts:
-        yield
-        return
-    with contexts[0], _all_of(contexts[1:]):
-        yield
 
 
 def make_mask(

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from tl_stream.hosts.bridge_attention import BridgeAttention
 from tl_stream.hosts.hf_interfaces import own_implementation
 from tl_stream.hosts.hooks import check_length, to_all_tokens
-from tl_stream.hosts.overrides import override_method
+from tl_stream.hosts.overrides import entry_hook, override_method
 from tl_stream.tensors.products import Origin
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
@@ -48,8 +48,7 @@ def attention_layers(model: Any) -> dict[int, AttentionBridge]:
 def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
     """Put Stream between q . k and the softmax of every attention layer, until `stack` is closed."""
     stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
-    handle = model.original_model.register_forward_pre_hook(partial(_check_input, model.cfg), with_kwargs=True)
-    stack.callback(handle.remove)
+    stack.enter_context(entry_hook(model.original_model, partial(_check_input, model.cfg)))
     traced = []
     for layer, attn in attention_layers(model).items():
         traced.append(BridgeAttention(attn, origin_of(layer), *_head_counts(model.cfg, attn)))
