@@ -56,10 +56,6 @@ def _masked_select(tensor: Any, mask: Any) -> Any:
     return tensor[mask]
 
 
-def _dropout(tensor: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    return NotImplemented if training and p else tensor
-
-
 def _type(tensor: Any, dtype: Any = None) -> Any:
     return tensor.to(dtype) if isinstance(dtype, torch.dtype) else NotImplemented
 
@@ -99,7 +95,6 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "mse_loss": _loss(lambda a, b: (a - b) ** 2),
     "l1_loss": _loss(lambda a, b: (a - b).abs()),
     "masked_select": _masked_select,
-    "dropout": _dropout,
     "type": _type,
     "type_as": _type_as,
     **{name: _only_on_the_pattern(name) for name in ("grad", "register_hook", "retain_grad", "requires_grad_")},

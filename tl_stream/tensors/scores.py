@@ -19,7 +19,6 @@ from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import BlockSparseScores
 from tl_stream.tensors.data import ScoresData
 from tl_stream.tensors.mask_tensor import MaskTensor
-from tl_stream.tensors.merged_heads import merge
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.wrapper import Wrapper
@@ -140,8 +139,7 @@ class CaptureProduct(TorchFunctionMode):
             self.scores = self._captured(name, args, kwargs or {})
             if self.scores is not None:
                 return self.scores
-        merged = merge(*args) if name in ("reshape", "view") else None
-        return func(*args, **(kwargs or {})) if merged is None else merged
+        return func(*args, **(kwargs or {}))
 
     def _captured(self, name: str, args: tuple, kwargs: dict) -> AttentionScores | None:
         if name in ("matmul", "bmm") and all(_is_stack(x, 4) for x in args[:2]):
