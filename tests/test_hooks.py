@@ -130,6 +130,8 @@ CASES = (
 def test_edit_equals_that_of_the_masked_dense_model(case: tuple[str, Edit], grad: bool) -> None:
     model, text = build("gqa"), tokens()
     point, edit = case
+    if point not in model.hook_dict:
+        pytest.skip(f"this model has no {point}")
 
     def dense_edit(activation: Any, hook: Any) -> Any:
         if "scores" in point or "pattern" in point:

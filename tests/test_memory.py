@@ -120,7 +120,7 @@ def test_the_cache_grows_linearly_and_is_small() -> None:
 
 
 def test_generation_takes_linear_memory_a_step() -> None:
-    model = tl_stream.models.load(host="hooked")
+    model = tl_stream.models.load()
     text = "the grass is green . the sky is blue . " * 200
     with LargestTensor() as watch, torch.no_grad(), tl_stream.sparse(model, CONFIG):
         tokens = model.to_tokens(text)

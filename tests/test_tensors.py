@@ -10,7 +10,7 @@ import einops
 import pytest
 import torch
 from torch import Tensor
-from zoo import build, gap, tokens
+from zoo import NEEDS_HOOKED, build, gap, tokens
 
 from tl_stream import BlockSparsePattern, BlockSparseScores, SparseActivationCache, StreamConfig
 
@@ -277,6 +277,7 @@ def test_other_ways_to_say_the_same(cache: SparseActivationCache) -> None:
     assert gap(torch.zeros_like(pattern).max(-1).values, torch.zeros_like(full).max(-1).values) == 0
 
 
+@NEEDS_HOOKED
 def test_a_changed_q_is_noticed() -> None:
     model, text = build("gqa"), tokens()
     with torch.no_grad():
@@ -379,6 +380,7 @@ def test_what_a_pattern_tells_about_itself(cache: SparseActivationCache) -> None
     assert text == f"{pattern}"
 
 
+@NEEDS_HOOKED
 def test_retained_mass_and_exact_rows(cache: SparseActivationCache) -> None:
     q, k = cache["rot_q", 1].transpose(1, 2), cache["rot_k", 1].transpose(1, 2).repeat_interleave(2, 1)
     full = (q @ k.mT / 8**0.5).masked_fill(~torch.ones(61, 61).tril().bool(), -torch.inf).softmax(-1)
@@ -393,6 +395,7 @@ def test_retained_mass_and_exact_rows(cache: SparseActivationCache) -> None:
         written.retained_mass()
 
 
+@NEEDS_HOOKED
 def test_lazy_patterns_share_the_memory_of_q_and_k(cache: SparseActivationCache) -> None:
     lazy = cache["pattern", 1]._data.products
     assert lazy.q.data_ptr() == cache["rot_q", 1].data_ptr()

@@ -11,7 +11,7 @@ from allocations import LargestTensor
 from circuitsvis.utils.render import RenderedHTML
 from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from zoo import build, tokens
+from zoo import NEEDS_HOOKED, build, tokens
 
 from tl_stream import SparseActivationCache, StreamConfig, run_with_sparse_cache
 from tl_stream.viz import Bins, Section, heads_view, row_strip, write_page
@@ -124,6 +124,7 @@ def test_views_refuse_what_they_cannot_show(cache: SparseActivationCache) -> Non
         row_strip(torch.zeros(2, 4), ["L0H0"], Bins(16, 4), {})
 
 
+@NEEDS_HOOKED
 def test_a_pattern_of_one_step_has_no_square_view() -> None:
     model, text = build(), tokens(20)
     past = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", len(text))
