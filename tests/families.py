@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 VOCABULARY = 64
 N_CTX = 128
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-GPT = {"vocab_size": VOCABULARY, "n_positions": N_CTX, "n_embd": 32, "n_layer": 3, "n_head": 4}
-LLAMA = {
+GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_positions": N_CTX, "n_embd": 32, "n_layer": 3, "n_head": 4}
+LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": N_CTX, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
-MLA = {
+MLA: dict[str, Any] = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
     "v_head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 4,
@@ -156,11 +156,17 @@ def build_hf(name: str, dtype: torch.dtype = torch.float32, n_ctx: int | None = 
 
 def build(name: str, dtype: torch.dtype = torch.float32, n_ctx: int | None = None) -> Any:
     """A bridge around a small random model of a family."""
-    model = build_hf(name, dtype, n_ctx)
+    return boot(build_hf(name, dtype, n_ctx))
+
+
+def boot(model: Any) -> Any:
+    """A bridge around a Hugging Face model."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder())
-    return TransformerBridge.boot_transformers(folder(), hf_model=model, tokenizer=tokenizer, dtype=dtype, device="cpu").eval()
+    return TransformerBridge.boot_transformers(
+        folder(), hf_model=model, tokenizer=tokenizer, dtype=model.dtype, device="cpu"
+    ).eval()
 
 
 def tokens(length: int = 61, batch: int = 2, seed: int = 0) -> Tensor:

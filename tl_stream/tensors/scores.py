@@ -74,6 +74,8 @@ class AttentionScores(Wrapper):
 
     def with_mask(self, mask: AttentionMask) -> AttentionScores:
         """The scores under a mask, and under those they had."""
+        if mask.device != self.device:  # a model spread over several devices makes its masks on the first
+            mask = mask.to(self.device)
         mask = mask if self.mask is None else self.mask.intersect(mask)
         return AttentionScores(self.products, self.origin, mask, self.hooks)
 
