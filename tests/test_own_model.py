@@ -48,7 +48,7 @@ class OwnForCausalLM(LlamaForCausalLM):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         for layer, block in enumerate(self.model.layers):
-            block.self_attn = OwnAttention(config, layer)  # type: ignore[assignment]
+            block.self_attn = OwnAttention(config, layer)
 
 
 class OwnAdapter(LlamaArchitectureAdapter):
