@@ -7,7 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("transformer-lens", "transformers", "torch")
+import torch
+import transformers
+
+VERSIONS = {
+    "transformer-lens": version("transformer-lens"),
+    "transformers": transformers.__version__,
+    "torch": torch.__version__,
+}
+"""Of what this process loaded: packages may be replaced on disk while it runs."""
 
 
 class FamiliesReport:
@@ -27,5 +35,4 @@ class FamiliesReport:
         self.results.append({**properties, **found})
 
     def pytest_sessionfinish(self) -> None:
-        versions = {package: version(package) for package in PACKAGES}
-        self.path.write_text(json.dumps({"versions": versions, "results": self.results}, indent=1))
+        self.path.write_text(json.dumps({"versions": VERSIONS, "results": self.results}, indent=1))

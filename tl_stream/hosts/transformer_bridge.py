@@ -30,8 +30,8 @@ def why_not(model: Any) -> str | None:
     config = getattr(model.original_model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model, whose attention isn't causal; only decoders can be traced"
-    causal = getattr(model.cfg, "attention_dir", "causal") == "causal" and getattr(model.adapter, "supports_causal_loss", True)
-    if not causal or not _is_decoder(config):
+    causal = model.cfg.attention_dir == "causal" if config is None else _is_decoder(config)
+    if not causal or not getattr(model.adapter, "supports_causal_loss", True):
         return "its attention is bidirectional (an encoder, or a diffusion model); only causal attention can be made sparse"
     if getattr(config, "add_cross_attention", False):
         return "it reads another text (cross-attention); only attention to the text itself can be made sparse"
