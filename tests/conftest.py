@@ -9,8 +9,21 @@ CHECKED = ["attention", "cache", "estimator", "hosts", "layout", "masking", "mod
 with install_import_hook([f"tl_stream.{name}" for name in CHECKED], "beartype.beartype"):
     import tl_stream  # noqa: F401
 
+from pathlib import Path
+
 import pytest
 import torch
+from families_report import FamiliesReport
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families-json", type=Path, help="write what tests/test_families.py found to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--families-json")
+    if path is not None:
+        config.pluginmanager.register(FamiliesReport(path))
 
 
 @pytest.fixture(autouse=True)

@@ -18,18 +18,31 @@ class EditedAttention(TorchFunctionMode):
     Args:
         layers: The layers with softmax attention, in the order in which they run.
         n_keys: Number of keys.
+        batch: Number of texts, for models that merge them with the heads (XGLM).
     """
 
-    def __init__(self, layers: Iterable[int], n_keys: int, on_scores: Edit | None = None, on_pattern: Edit | None = None):
+    def __init__(
+        self,
+        layers: Iterable[int],
+        n_keys: int,
+        on_scores: Edit | None = None,
+        on_pattern: Edit | None = None,
+        batch: int = 2,
+    ) -> None:
         super().__init__()
-        self.layers, self.n_keys = iter(layers), n_keys
+        self.layers, self.n_keys, self.batch = iter(layers), n_keys, batch
         self.on_scores, self.on_pattern = on_scores, on_pattern
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "softmax" or args[0].dim() != 4:
+        if getattr(func, "__name__", "") != "softmax":
             return func(*args, **(kwargs or {}))
-        layer = next(self.layers)
         scores = args[0].clone()
+        if scores.dim() == 3 and scores.shape[-1] == self.n_keys:
+            return self._edited(func, scores.unflatten(0, (self.batch, -1)), args, kwargs).flatten(0, 1)
+        return self._edited(func, scores, args, kwargs) if scores.dim() == 4 else func(*args, **(kwargs or {}))
+
+    def _edited(self, func: Any, scores: Tensor, args: Any, kwargs: Any) -> Tensor:
+        layer = next(self.layers)
         if self.on_scores:
             scores[..., : self.n_keys] = self.on_scores(layer, scores[..., : self.n_keys])
         pattern = func(scores, *args[1:], **(kwargs or {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import architectures
 import families
 import pytest
 import torch
@@ -64,7 +65,7 @@ class OwnAdapter(LlamaArchitectureAdapter):
 def model() -> Any:
     ArchitectureAdapterFactory.register_adapter("OwnForCausalLM", OwnAdapter)
     torch.manual_seed(0)
-    config: Any = LlamaConfig(**families.LLAMA)
+    config: Any = LlamaConfig(**architectures.LLAMA)
     config._attn_implementation = "eager"
     hf = OwnForCausalLM(config).eval()
     with torch.no_grad():
@@ -107,7 +108,8 @@ def test_its_hooks_count(model: Any, point: str) -> None:
     def edit(layer: int, x: Tensor) -> Tensor:
         return knock_out(x.clone(), None) if layer == 1 else x
 
-    with EditedAttention(range(3), LENGTH, **{"on_scores" if "scores" in point else "on_pattern": edit}):
+    on_scores, on_pattern = (edit, None) if "scores" in point else (None, edit)
+    with EditedAttention(range(3), LENGTH, on_scores, on_pattern):
         expected = model(text)
     assert close(logits, expected)
     assert not close(logits, model(text))

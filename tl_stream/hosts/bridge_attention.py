@@ -60,6 +60,7 @@ class BridgeAttention:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        dropout: float = 0.0,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """What `transformers.AttentionInterface` asks for.
@@ -72,6 +73,7 @@ class BridgeAttention:
             scaling: Factor on q . k^T; None: d_head ** -0.5.
             softcap: Scores become `softcap * tanh(scores / softcap)`.
             s_aux: Attention sinks, one logit a head.
+            dropout: Share of the pattern to drop; more than 0 can't be traced.
             _: What other implementations take.
 
         Returns:
@@ -90,7 +92,8 @@ class BridgeAttention:
             weights = torch.softmax(torch.cat([sparse, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
         else:
             weights = torch.softmax(sparse, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
-        pattern = self._fire(self.attn.hook_pattern, weights.to(q.dtype))
+        weights = torch.nn.functional.dropout(weights.to(q.dtype), dropout)
+        pattern = self._fire(self.attn.hook_pattern, weights)
         z = pattern @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         return z.transpose(1, 2).contiguous(), pattern
 
@@ -136,9 +139,13 @@ class BridgeAttention:
             rows = range(attention_mask.shape[-2] - n_queries, attention_mask.shape[-2])
             return attn_scores + attention_mask.part(rows, range(n_keys))
         if attention_mask is not None and attention_mask.dim() != 2:
+            shape = tuple(attention_mask.shape)
+            why = "a query_pos x key_pos mask can't be traced in linear memory"
+            if shape[-2] == 1:
+                why = "TransformerLens takes this one for the whole mask and shows every query the keys after it"
             raise NotImplementedError(
-                f"attention_mask was a tensor of shape {tuple(attention_mask.shape)}; expected None or [batch, pos] with 0 for "
-                "padding: a query_pos x key_pos mask can't be traced in linear memory."
+                f"attention_mask reached the attention of layer {self.origin.layer} with the shape {shape}; expected None or "
+                f"[batch, pos] with 0 for padding: {why}."
             )
         valid = None if attention_mask is None else attention_mask[:, :seq_len].bool()
         mask = AttentionMask.causal(q_seq_len or seq_len, seq_len, key_valid=valid, device=attn_scores.device)

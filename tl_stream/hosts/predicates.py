@@ -41,12 +41,12 @@ def mask_from_predicate(
     diagonal = rows + own
 
     def every_text(keys: Tensor) -> Tensor:
-        allowed = allows(rows, keys).expand(*torch.broadcast_shapes(rows.shape, keys.shape))
-        flat = allowed.reshape(-1, query_length)
+        allowed = allows(rows, keys)
+        flat = allowed.expand(torch.broadcast_shapes(allowed.shape, rows.shape)).reshape(-1, query_length)
         if not bool((flat == flat[0]).all()):
             raise NotImplementedError(
-                "The attention mask differs between the texts of the batch by more than padding (packed texts?); run them one "
-                "by one."
+                "The attention mask differs between the texts of the batch by more than padding (packed texts, or chunks of "
+                "attention that begin at different positions because of padding on the left); run them one by one."
             )
         return flat[0]
 

@@ -21,7 +21,6 @@ _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for mo
 
 _UNSUPPORTED = {
     "GlmMoeDsaAttentionBridge": "it chooses keys itself (DeepSeek sparse attention)",
-    "XGLMAttention": "XGLM's code merges batch and heads before it multiplies q and k",
 }
 """Attention modules, by the names of their classes, whose code leaves no place for Stream."""
 
@@ -31,10 +30,16 @@ def why_not(model: Any) -> str | None:
     config = getattr(model.original_model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model, whose attention isn't causal; only decoders can be traced"
-    if not _is_decoder(config) or not getattr(model.adapter, "supports_causal_loss", True):
+    causal = model.cfg.attention_dir == "causal" if config is None else _is_decoder(config)
+    if not causal or not getattr(model.adapter, "supports_causal_loss", True):
         return "its attention is bidirectional (an encoder, or a diffusion model); only causal attention can be made sparse"
+    if getattr(config, "add_cross_attention", False):
+        return "it reads another text (cross-attention); only attention to the text itself can be made sparse"
     if not attention_layers(model):
-        return "none of its layers has softmax attention (an attn among its parts) that TransformerLens shows"
+        return (
+            "TransformerLens shows no softmax attention of its layers, no blocks.N.attn with hook_attn_scores and hook_pattern "
+            "(a state space model, a recurrent one, or one whose attention it leaves inside a larger part)"
+        )
     reasons = {layer: _why_not_attention(attn) for layer, attn in attention_layers(model).items()}
     return next((f"layer {layer}: {reason}" for layer, reason in reasons.items() if reason), None)
 
@@ -81,7 +86,7 @@ def _is_decoder(config: Any) -> bool:
 
 
 def _why_not_attention(attn: AttentionBridge) -> str | None:
-    if attn.is_cross_attention:
+    if attn.is_cross_attention or getattr(attn.original_component, "is_cross_attention", False):
         return "it reads another text (cross-attention)"
     if not attn.is_causal or getattr(attn.original_component, "is_causal", None) is False:
         return "its attention is bidirectional; only causal attention can be made sparse"
@@ -124,6 +129,12 @@ def _check_input(cfg: Any, module: Module, args: tuple, kwargs: dict) -> None:
     x = args[0] if args else next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
     if isinstance(x, Tensor):
         check_length(x, None, _limit(cfg, module))
+    attention_mask = kwargs.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask was a tensor of shape {tuple(attention_mask.shape)}; expected None or [batch, pos] with 0 for "
+            "padding: a query_pos x key_pos mask can't be traced in linear memory. Knock entries out in hook_attn_scores."
+        )
 
 
 def _limit(cfg: Any, module: Module) -> int:

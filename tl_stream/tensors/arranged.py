@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_stream.tensors import composite, einsum, elementwise, slicing
+from tl_stream.tensors import attention_ops, composite, einsum, elementwise, slicing
 from tl_stream.tensors.arrangement import Arrangement
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.densify import flatten, make_dense
@@ -234,6 +234,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "clone": _clone,
     "contiguous": _clone,
     "deepcopy": _clone,
+    "dropout": attention_ops.HANDLERS["dropout"],
     **composite.HANDLERS,
     **einsum.HANDLERS,
     **slicing.HANDLERS,

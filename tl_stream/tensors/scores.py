@@ -19,6 +19,7 @@ from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import BlockSparseScores
 from tl_stream.tensors.data import ScoresData
 from tl_stream.tensors.mask_tensor import MaskTensor
+from tl_stream.tensors.merged_scores import MergedScores, view
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.wrapper import Wrapper
@@ -140,12 +141,14 @@ class CaptureProduct(TorchFunctionMode):
         if self.scores is None:
             self.scores = self._captured(name, args, kwargs or {})
             if self.scores is not None:
-                return self.scores
+                return MergedScores(self.scores) if args[0].dim() == 3 and name == "bmm" else self.scores
         return func(*args, **(kwargs or {}))
 
     def _captured(self, name: str, args: tuple, kwargs: dict) -> AttentionScores | None:
         if name in ("matmul", "bmm") and all(_is_stack(x, 4) for x in args[:2]):
             q, k = args[0], args[1].transpose(-1, -2)
+        elif name == "bmm" and all(_is_stack(x, 3) for x in args[:2]) and not args[0].shape[0] % self.n_heads:
+            q, k = (x.unflatten(0, (-1, self.n_heads)) for x in (args[0], args[1].transpose(1, 2)))
         elif name == "baddbmm" and all(_is_stack(kwargs.get(key), 3) for key in ("batch1", "batch2")):
             return self._biased_product(args[0], **kwargs)
         else:
@@ -231,11 +234,11 @@ def _where(condition: Any, scores: Any, value: Any) -> Any:
     return scores.with_mask(condition.mask) if visible and isinstance(scores, AttentionScores) else NotImplemented
 
 
-def _view(scores: Any, *shape: Any) -> Any:
-    """A view of the same shape (BLOOM splits batch and heads, which are split here already)."""
-    shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    same = len(shape) == 4 and all(given in (size, -1) for given, size in zip(shape, scores.shape, strict=True))
-    return scores if same else NotImplemented
+def _maximum(scores: Any, bound: Any = None) -> Any:
+    """`max(masked scores, least number)`, which changes only what is hidden."""
+    number = _number(bound)
+    hidden = isinstance(scores, AttentionScores) and scores.mask is not None
+    return scores if hidden and number is not None and number <= torch.finfo(scores.dtype).min else NotImplemented
 
 
 def _number(x: Any) -> float | None:
@@ -254,5 +257,6 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "softmax": _softmax,
     **dict.fromkeys(("masked_fill", "masked_fill_"), _masked_fill),
     "where": _where,
-    **dict.fromkeys(("view", "reshape"), _view),
+    **dict.fromkeys(("view", "reshape"), view),
+    **dict.fromkeys(("max", "maximum"), _maximum),
 }
