@@ -19,7 +19,7 @@ CONFIG = StreamConfig(block_q=16, block_k=16, k=4, beam=2)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in small chunks, so that T x T stands out at lengths that are quick to test."""
     monkeypatch.setattr("tl_stream.attention.chunks.CHUNK_ENTRIES", 2**15)
-    monkeypatch.setattr("tl_stream.estimator.estimate._CHUNK_ENTRIES", 2**15)
+    monkeypatch.setattr("tl_stream.estimator.problem.CHUNK_ENTRIES", 2**15)
 
 
 def largest(length: int, variant: str, config: StreamConfig, grad: bool = False, **options: Any) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_stream.layout import BlockLayout
-from tl_stream.masking import within
+from tl_stream.masking import NEVER
 
 CHUNK_ENTRIES = 2**20
 
@@ -25,8 +25,7 @@ class Chunk:
         stop: One past the last query.
         rows: Queries a block here.
         key_blocks: Kept key blocks, `[batch, head_index, block, slot]`; None where the rows read keys `0 <= j < n_keys`.
-        key_pos: Position of each kept key, `[batch or 1, head_index or 1, block, key]`.
-        placed: The same, with `masking.NEVER` where a key is padding or its slot unused.
+        used: Which of them count, likewise.
         n_keys: Number of kept keys a row.
     """
 
@@ -34,8 +33,7 @@ class Chunk:
     stop: int
     rows: int
     key_blocks: Int[Tensor, "batch head_index block slot"] | None
-    key_pos: Int[Tensor, "_ _ block key"]
-    placed: Int[Tensor, "_ _ block key"]
+    used: Bool[Tensor, "batch head_index block slot"] | None
     n_keys: int
     layout: BlockLayout
 
@@ -43,21 +41,43 @@ class Chunk:
     def query_pos(self) -> Int[Tensor, "block rows"]:
         """Position of each query."""
         n_blocks = -(-(self.stop - self.start) // self.rows)
-        positions = torch.arange(self.start, self.start + n_blocks * self.rows, device=self.placed.device)
+        positions = torch.arange(self.start, self.start + n_blocks * self.rows, device=self.layout.device)
         return positions.view(n_blocks, self.rows)
+
+    @property
+    def key_pos(self) -> Int[Tensor, "_ _ block key"]:
+        """Position of each kept key; where nothing tells them apart, batch, head_index and block are of size 1."""
+        if self.key_blocks is None:
+            return torch.arange(self.n_keys, device=self.layout.device)[None, None, None]
+        return self._positions(self.key_blocks).flatten(-2)
 
     def allowed(self) -> Bool[Tensor, "_ _ block rows key"]:
         """Which of the kept entries the mask allows."""
-        return within(self.placed[:, :, :, None], *self.layout.mask.bounds(self.query_pos[:, :, None]))
+        batch = torch.arange(self.layout.batch, device=self.layout.device)[:, None, None, None, None]
+        allowed = self.layout.mask.allows(batch, self.query_pos[:, :, None], self.key_pos[:, :, :, None])
+        return allowed if self.used is None else allowed & self.used.repeat_interleave(self.layout.block_k, -1)[:, :, :, None]
 
-    def partial_slots(self) -> tuple[Int[Tensor, " n"], ...]:
-        """The kept blocks of which the mask forbids something: batch, head, block and slot index of each."""
-        placed = self.placed.unflatten(-1, (-1, self.layout.block_k))
-        start, stop = self.layout.mask.bounds(self.query_pos)
-        partial = placed.amax(-1) >= stop.amin(-1)[:, None]
+    def partial_slots(self) -> tuple[tuple[Int[Tensor, " n"], ...], Bool[Tensor, "n rows block_k"]]:
+        """The slots of which the mask forbids something, as batch, head, block and slot indices, and what it allows of each."""
+        assert self.key_blocks is not None
+        assert self.used is not None
+        mask, batch = self.layout.mask, torch.arange(self.layout.batch, device=self.layout.device)
+        start, stop = mask.bounds(self.query_pos)
+        first = self.key_blocks * self.layout.block_k
+        whole = self.used & (first + self.layout.block_k <= stop.amin(-1)[:, None])
         if start is not None:
-            partial = partial | (placed.amin(-1) < start.amax(-1)[:, None])
-        return partial.nonzero().unbind(-1)
+            whole = whole & (first >= start.amax(-1)[:, None])
+        if mask.key_valid is not None:
+            placed = mask.place(batch[:, None, None, None, None], self._positions(self.key_blocks))
+            whole = whole & (placed.amax(-1) < NEVER)
+        index = (~whole).nonzero().unbind(-1)
+        text, _, block, _ = index
+        keys = self._positions(self.key_blocks[index])[:, None]
+        allowed = mask.allows(text[:, None, None], self.query_pos[block][:, :, None], keys)
+        return index, allowed & self.used[index][:, None, None]
+
+    def _positions(self, key_blocks: Tensor) -> Int[Tensor, "*shape block_k"]:
+        return key_blocks[..., None] * self.layout.block_k + torch.arange(self.layout.block_k, device=self.layout.device)
 
     def cut_queries(self, x: Tensor) -> Tensor:
         """Rows of `[batch, head_index, query_pos, ...]` as `[batch, head_index, block, rows, ...]`."""
@@ -78,32 +98,29 @@ def chunks(layout: BlockLayout) -> Iterator[Chunk]:
 
 def whole(layout: BlockLayout) -> Chunk:
     """All query rows in one chunk, in blocks of `block_q`, with one slot a kept block."""
-    return _kept_chunk(layout, 0, layout.n_q_blocks)
+    return _kept_chunk(layout, 0, layout.n_q_blocks, layout.n_slots)
 
 
 def _kept_chunks(layout: BlockLayout, entries: int) -> Iterator[Chunk]:
+    assert layout.kv_num_blocks is not None
+    n_kept = layout.kv_num_blocks.amax((0, 1)).tolist()
     per_block = layout.batch * layout.n_heads * layout.block_q * layout.block_k * max(layout.n_slots, 1)
     step = max(1, entries // per_block)
     for first in range(0, layout.n_q_blocks, step):
-        yield _kept_chunk(layout, first, min(first + step, layout.n_q_blocks))
+        last = min(first + step, layout.n_q_blocks)
+        yield _kept_chunk(layout, first, last, max(1, *n_kept[first:last]))
 
 
-def _kept_chunk(layout: BlockLayout, first: int, last: int) -> Chunk:
-    indices, _ = layout.rows(first, last)
+def _kept_chunk(layout: BlockLayout, first: int, last: int, n_slots: int) -> Chunk:
     stop = min(last * layout.block_q, layout.mask.query_length)
-    keys = layout.key_positions(first, last)
-    return Chunk(
-        first * layout.block_q, stop, layout.block_q, indices, keys, layout.placed_keys(first, last), keys.shape[-1], layout
-    )
+    key_blocks, used = (x[..., :n_slots] for x in layout.rows(first, last))
+    return Chunk(first * layout.block_q, stop, layout.block_q, key_blocks, used, n_slots * layout.block_k, layout)
 
 
 def _full_chunks(layout: BlockLayout, entries: int) -> Iterator[Chunk]:
     n_queries, n_keys = layout.seq_lengths
     step = max(1, entries // (layout.batch * layout.n_heads * n_keys))
-    batch = torch.arange(layout.batch, device=layout.device)[:, None, None, None]
     for start in range(0, n_queries, step):
         stop = min(start + step, n_queries)
         seen = int(layout.mask.stop[start:stop].max())
-        keys = torch.arange(seen, device=layout.device)[None, None, None]
-        placed = layout.mask.place(batch, keys)
-        yield Chunk(start, stop, stop - start, None, keys, placed, seen, layout)
+        yield Chunk(start, stop, stop - start, None, None, seen, layout)

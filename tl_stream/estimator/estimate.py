@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,6 @@ from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import ScoreMod
 
-_CHUNK_ENTRIES = 2**22
 Masses = Callable[[Problem, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -57,10 +55,8 @@ def estimate_layout(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     problem = Problem.of(q, k, mask, block_q, block_k, scale, score_mods)
     masses, candidates = _estimator(problem, config)
-    step = _rows_per_chunk(problem, candidates, min(config.leaf_queries or block_q, block_q))
     chunks = []
-    for start in range(0, full.n_q_blocks, step):
-        stop = min(start + step, full.n_q_blocks)
+    for start, stop in problem.runs(candidates * 3 * q.shape[-1]):
         query_pos = full.query_positions(start, stop)
         part = problem.slice(start, stop)
         chunks.append(keep_most(part, *masses(part, query_pos), config))
@@ -93,8 +89,8 @@ def _estimator(problem: Problem, config: StreamConfig) -> tuple[Masses, int]:
         case "dual":
             levels = build_levels(problem)
             width = config.beam * config.k
-            run = _compiled() if config.compile else hierarchical_masses
-            return (lambda part, rows: run(part, levels, rows, width, config.leaf_queries)), min(2 * width, n_blocks)
+            options = width, config.leaf_queries, config.compile
+            return (lambda part, rows: hierarchical_masses(part, levels, rows, *options)), min(2 * width, n_blocks)
         case "exact":
             return exact_masses, n_blocks
         case "window":
@@ -102,20 +98,6 @@ def _estimator(problem: Problem, config: StreamConfig) -> tuple[Masses, int]:
         case _:
             generator = torch.Generator().manual_seed(config.seed or 0)
             return (lambda part, rows: random_masses(part, generator)), n_blocks
-
-
-@cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    """One compilation a kind of mask and a power of two of key blocks; torch's own limit of 8 is too low for that."""
-    compiled = torch.compile(hierarchical_masses, fullgraph=True)
-    return torch._dynamo.config.patch(recompile_limit=64)(compiled)
-
-
-def _rows_per_chunk(problem: Problem, candidates: int, queries: int) -> int:
-    """Query blocks taken at once, so that their candidates' keys and logits stay small."""
-    batch, heads, _ = problem.shape
-    width = max(queries, problem.keys.shape[-1])
-    return max(1, _CHUNK_ENTRIES // (batch * heads * candidates * problem.block_k * width))
 
 
 def _check_shapes(q: Tensor, k: Tensor, mask: AttentionMask) -> None:

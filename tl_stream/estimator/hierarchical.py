@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_stream.estimator.compiled import compiled
 from tl_stream.estimator.problem import Problem, block_masses
 from tl_stream.estimator.pyramid import Level, build_pyramid
 
@@ -36,7 +37,12 @@ def build_levels(problem: Problem) -> list[Level]:
 
 
 def hierarchical_masses(
-    problem: Problem, levels: list[Level], query_pos: Int[Tensor, "q_block block_q"], width: int, leaf_queries: int | None
+    problem: Problem,
+    levels: list[Level],
+    query_pos: Int[Tensor, "q_block block_q"],
+    width: int,
+    leaf_queries: int | None,
+    compile: bool,
 ) -> tuple[Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]]:
     """Candidate key blocks and the estimated share of attention of each; negative where a candidate doesn't count.
 
@@ -46,7 +52,16 @@ def hierarchical_masses(
         query_pos: Position of each query.
         width: Nodes kept a step (W above).
         leaf_queries: Queries of a block that score the leaves; None: all.
+        compile: Run the refinement and the leaves' scores through `torch.compile`.
     """
+    run = compiled(_refine) if compile else _refine
+    nodes, used = run(problem, levels, query_pos, width)
+    masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), nodes, used, compile=compile)
+    return nodes, masses.masked_fill(~used, -1.0)
+
+
+def _refine(problem: Problem, levels: list[Level], query_pos: Tensor, width: int) -> tuple[Tensor, Bool[Tensor, ...]]:
+    """The leaves that remain of the tree, and which of them count."""
     mean_query = _mean_query(problem, query_pos)
     nodes, used, level = _start(problem, levels, width)
     while level > 0:
@@ -55,9 +70,7 @@ def hierarchical_masses(
         level -= 1
         nodes = torch.stack([2 * nodes, 2 * nodes + 1], -1).flatten(-2)
         used = used.repeat_interleave(2, -1) & _in_range(problem, levels[level], level, nodes)
-    nodes = nodes.clamp(max=problem.keys.shape[2] - 1)
-    masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), nodes, used)
-    return nodes, masses.masked_fill(~used, -1.0)
+    return nodes.clamp(max=problem.keys.shape[2] - 1), used
 
 
 def _some_queries(problem: Problem, query_pos: Tensor, number: int | None) -> tuple[Problem, Tensor]:
@@ -118,9 +131,10 @@ def _node_scores(
     problem: Problem, nodes_of: Level, level: int, mean_query: Tensor, query_pos: Tensor, nodes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The mean query's score on each node's centroid, and its greatest possible score in each node's box."""
-    positive, negative = mean_query.clamp(min=0)[..., None], mean_query.clamp(max=0)[..., None]
-    centroid = (problem.select(nodes_of.centroid, nodes) @ mean_query[..., None]).squeeze(-1)
-    box = (problem.select(nodes_of.high, nodes) @ positive + problem.select(nodes_of.low, nodes) @ negative).squeeze(-1)
+    zeros, positive, negative = torch.zeros_like(mean_query), mean_query.clamp(min=0), mean_query.clamp(max=0)
+    by_centroid, by_box = torch.cat([mean_query, zeros, zeros], -1), torch.cat([zeros, positive, negative], -1)
+    products = torch.stack([by_centroid, by_box], -2) @ problem.select(nodes_of.statistics, nodes).transpose(-1, -2)
+    centroid, box = products.unbind(-2)
     last_key = torch.minimum((nodes + 1) * (problem.block_k << level), problem.last_key[:, None]) - 1
     last_query = query_pos.amax(-1).clamp(max=problem.mask.query_length - 1)[:, None]
     return problem.score(centroid, last_query, last_key), problem.score(box, last_query, last_key)

@@ -10,9 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_stream import score_mod
+from tl_stream.estimator.compiled import compiled
 from tl_stream.estimator.pyramid import to_blocks
 from tl_stream.masking import NEVER, AttentionMask, within
 from tl_stream.score_mod import ScoreMod
+
+CHUNK_ENTRIES = 2**21
 
 
 class Problem(NamedTuple):
@@ -91,6 +94,12 @@ class Problem(NamedTuple):
         readable = (first < self.last_key[:, None]) & (first + self.block_k > self.first_key[:, None])
         return blocks.expand(*self.shape, -1), readable
 
+    def runs(self, entries: int) -> list[tuple[int, int]]:
+        """Runs `start <= i < stop` of query blocks that need about `CHUNK_ENTRIES` numbers, at `entries` a block and head."""
+        batch, heads, n_blocks = self.shape
+        step = max(1, CHUNK_ENTRIES // (batch * heads * entries))
+        return [(start, min(start + step, n_blocks)) for start in range(0, n_blocks, step)]
+
     def slice(self, start: int, stop: int) -> Problem:
         """The same problem for the query blocks `start <= i < stop`. Query positions stay absolute (see `query_pos`)."""
         return self._replace(
@@ -117,30 +126,43 @@ class Problem(NamedTuple):
 
 
 def block_masses(
-    problem: Problem, query_pos: Int[Tensor, "q_block block_q"], blocks: Tensor, used: Bool[Tensor, ...]
+    problem: Problem,
+    query_pos: Int[Tensor, "q_block block_q"],
+    blocks: Tensor,
+    used: Bool[Tensor, ...],
+    *,
+    compile: bool = False,
 ) -> Float[Tensor, "batch head_index q_block candidate"]:
     """The share of each query block's attention that each candidate key block holds, among the candidates.
 
     The exact logits of all the block's queries, softmax per query over the candidates' keys, summed within a key block
-    and averaged over the queries. O(candidates * block_q * block_k * d_head) a query block.
+    and averaged over the queries. O(candidates * block_q * block_k * d_head) a query block, in runs whose keys and logits
+    stay small.
 
     Args:
         problem: Queries `[batch, head_index, q_block, block_q, d_head]` and keys.
         query_pos: Position of each query.
         blocks: Candidate key blocks, `[batch, head_index, q_block, candidate]`.
         used: Which candidates count, broadcastable to `blocks`; the others get 0.
+        compile: Run it through `torch.compile`.
     """
-    products = problem.queries @ problem.select(problem.keys, blocks).flatten(3, 4).transpose(-1, -2)
+    run = compiled(_block_masses) if compile else _block_masses
+    rows = problem.runs(blocks.shape[-1] * problem.block_k * max(problem.block_q, problem.keys.shape[-1]))
+    parts = [run(problem.slice(i, j), query_pos[i:j], blocks[:, :, i:j], used[..., i:j, :]) for i, j in rows]
+    return torch.cat(parts, 2)
+
+
+def _block_masses(problem: Problem, query_pos: Tensor, blocks: Tensor, used: Tensor) -> Tensor:
+    keys = problem.select(problem.keys, blocks)
+    products = (problem.queries @ keys.flatten(3, 4).transpose(-1, -2)).unflatten(-1, (-1, problem.block_k))
     offsets = torch.arange(problem.block_k, device=blocks.device)
-    key_pos = (blocks[..., None] * problem.block_k + offsets).flatten(-2)
-    rows = query_pos[:, :, None]
+    key_pos = blocks[..., None] * problem.block_k + offsets
+    rows = query_pos[:, :, None, None]
     logits = problem.score(products, rows, key_pos[:, :, :, None])
-    placed = problem.mask.place(problem.batch_index, key_pos)
-    placed = placed.masked_fill(~used.expand(blocks.shape).repeat_interleave(problem.block_k, -1), NEVER)
+    placed = problem.mask.place(problem.batch_index[..., None], key_pos).masked_fill_(~used[..., None], NEVER)
     allowed = within(placed[:, :, :, None], *problem.mask.bounds(rows))
-    # Finite, so that a query that may read nothing gives no NaN; it doesn't count in the mean.
-    weights = logits.masked_fill_(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
-    counts = allowed.any(-1).to(weights.dtype)[:, :, :, None]
-    shares = (counts @ weights).squeeze(-2).unflatten(-1, (-1, problem.block_k)).sum(-1)
+    weights = logits.masked_fill_(~allowed, -torch.inf).flatten(-2).softmax(-1)
+    # A query that may read nothing has NaN for shares, and doesn't count.
+    shares = weights.unflatten(-1, (-1, problem.block_k)).sum(-1).nan_to_num(0.0).sum(3)
     n_queries = (query_pos < problem.mask.query_length).sum(-1)[:, None]
     return shares / n_queries

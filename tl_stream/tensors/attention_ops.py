@@ -71,7 +71,7 @@ def _weigh(pattern: BlockSparseTensor, v: Tensor) -> Tensor:
 
 def check_numbers(name: str, x: Tensor, origin: Origin) -> None:
     """Raise ValueError where x holds NaN."""
-    if bool(x.isnan().any()):
+    if x.numel() and bool(x.amax().isnan()):
         raise ValueError(
             f"{name} of layer {origin.layer} holds NaN; expected numbers. Look for NaN in the weights, in the input, or in "
             "what a hook returned."
