@@ -65,7 +65,7 @@ class Family:
         model: Name of its model class, where transformers doesn't take it for a causal language model.
         architecture: What its checkpoints call it, where the class has another name.
         compatibility: Whether the bridge is in compatibility mode (layer norms folded, weights centred).
-        lacks: What the untraced model can't do either, and why: "generation", "KV cache".
+        lacks: What the untraced model can't do either, and why: "generation", "KV cache", "float64".
         refuses: Sides of padding that can't be traced, and what the error says.
     """
 
@@ -167,6 +167,7 @@ FAMILIES: dict[str, Family] = {
         "XGLMConfig",
         {"vocab_size": VOCABULARY, "d_model": 32, "num_layers": 3, "attention_heads": 4, "ffn_dim": 48,
          "max_position_embeddings": N_CTX}, {}, "batch and heads merged",
+        lacks={"float64": "its code makes the smallest score in float32"},
     ),
     "Jais 2": Family("Jais2Config"),
     "BitNet": Family("BitNetConfig"),

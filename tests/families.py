@@ -35,6 +35,7 @@ def build_hf(name: str, dtype: torch.dtype = torch.float32, n_ctx: int | None = 
     """The Hugging Face model of a family, with weights large enough for attention to be far from uniform."""
     family = FAMILIES[name]
     config = getattr(transformers, family.config)(**_settings(name, n_ctx))
+    config._experts_implementation = "eager"  # the others take no float64
     make = getattr(transformers, family.model)._from_config if family.model else AutoModelForCausalLM.from_config
     torch.manual_seed(0)
     return _far_from_uniform(make(config, attn_implementation="eager").to(dtype).eval())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +59,79 @@ def test_autograd_grad_to_a_cached_tensor(variant: str, kind: str) -> None:
         a = a * cache.block_layout(layer).to_dense()
         assert a.abs().max() > 1e-4
         assert gap(a, b) < 1e-10 * a.abs().max().clamp(min=1)
+
+
+def _read_copy(x: Any, extra: list[Tensor]) -> Any:
+    copied = x.clone()
+    extra.append(copied[:, 1].exp().sum())
+    return copied
+
+
+def _read_original_then_use_copy(x: Any, extra: list[Tensor]) -> Any:
+    copied = x.clone()
+    extra.append(x[:, 1].exp().sum())
+    return copied
+
+
+def _edit_copy(x: Any, extra: list[Tensor]) -> Any:
+    copied = x.clone()
+    copied *= 0.5
+    return copied
+
+
+def _use_copy_of_copy(x: Any, extra: list[Tensor]) -> Any:
+    copied = x.clone().clone()
+    extra.append(x[:, 2].exp().sum())
+    return copied
+
+
+COPIES = {
+    "copied": lambda x, extra: x.clone(),
+    "copied twice": lambda x, extra: x.clone().clone(),
+    "in another dtype": lambda x, extra: x.float().double(),
+    "copy read": _read_copy,
+    "original read, copy used": _read_original_then_use_copy,
+    "copy edited": _edit_copy,
+    "original read, copy of a copy used": _use_copy_of_copy,
+}
+
+
+@pytest.mark.parametrize("kind", ["pattern", "attn_scores"])
+@pytest.mark.parametrize("use", COPIES)
+def test_gradient_of_what_the_model_used_a_copy_of(kind: str, use: str) -> None:
+    """As Hugging Face's code does, which takes the softmax in float32 and casts its result back."""
+    model, text = build("gqa"), tokens()
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+
+    def gradient(masking: Any) -> Tensor:
+        extra: list[Tensor] = []
+        seen: list[Tensor] = []
+
+        def copy(x: Any, hook: Any) -> Any:
+            seen.append(x)
+            return COPIES[use](x, extra)
+
+        logits = model.run_with_hooks(text, fwd_hooks=[*masking, (f"blocks.1.attn.hook_{kind}", copy)])
+        loss = sum(extra, logits.square().sum())
+        return dense(torch.autograd.grad(loss, seen)[0])
+
+    with tl_stream.sparse(model, replace(CONFIG, layout_from=cache)) as trace:
+        found = gradient([])
+    expected = gradient(mask_hooks(cache)) * cache.block_layout(1).to_dense()
+    tolerance = 1e-5 if use == "in another dtype" else 1e-10
+    assert expected.abs().max() > 1e-4
+    assert gap(expected, found) < tolerance * expected.abs().max().clamp(min=1)
+    assert not trace.fallbacks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["GPT-J", "Llama"])
+def test_gradient_of_a_cached_pattern_that_hugging_face_casts(family: str, dtype: torch.dtype) -> None:
+    model, text = families.build(family, dtype), families.tokens(61)
+    logits, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    for kind in ("pattern", "attn_scores"):
+        grad = torch.autograd.grad(logits.float().square().mean(), cache[kind, 1], retain_graph=True)[0]
+        assert grad.to_dense().abs().max() > 0
 
 
 def test_a_cache_does_not_keep_the_graph_alive() -> None:

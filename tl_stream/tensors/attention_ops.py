@@ -29,13 +29,13 @@ def pattern_of(scores: BlockSparseTensor, dtype: torch.dtype, sink: Tensor | Non
     data = scores._selected()
     view = scores._view if data is scores._data else scores._view.on(data.layout.batch, data.layout.n_heads)
     pattern: BlockData
-    products = None
     if isinstance(data, ScoresData) and data.version == 0:
+        data.follow()
         products = data.products.detach() if scores._detached else data.products
         products = products if sink is None else replace(products, sink=sink)
         pattern = PatternData(data.layout, 0.0, data.origin).of(products)
-        if not scores._detached:
-            data.patterns = (*data.patterns, pattern) if data.is_lazy else ()
+        for each in [] if scores._detached else data.lineage:
+            each.patterns = (*each.patterns, pattern) if each.is_lazy else ()
     else:
         pattern = BlockData(data.layout, 0.0, data.origin)
     if not data.is_lazy:

@@ -160,10 +160,12 @@ class LazyData(BlockData):
     Attributes:
         plain: Products without gradients.
         live: The same with gradients, while somebody holds them.
+        source: What this is an unchanged copy of (in another dtype, say): a gradient of it counts the uses of its copies.
     """
 
     plain: Products | None = None
     live: weakref.ref[Products] | None = None
+    source: Any = None
 
     def of(self: Lazy, products: Products) -> Lazy:
         """Set the products; the caller keeps those alive for as long as gradients matter."""
@@ -177,6 +179,30 @@ class LazyData(BlockData):
         found = self.plain if live is None else live
         assert found is not None
         return found
+
+    def fork(self: Lazy) -> Lazy:
+        other = BlockData.fork(self)
+        other.source = self if self.is_lazy else None
+        return other
+
+    @property
+    def lineage(self: Lazy) -> list[Lazy]:
+        """This, and what it is an unchanged copy of."""
+        before = [] if self.source is None or self.source.version else self.source.lineage
+        return [self, *before]
+
+    def follow(self) -> None:
+        """Before a use: go by the values that the source has got in the graph since, so that its gradient counts this use."""
+        source = self.lineage[-1]
+        if self.is_lazy and source.values is not None and source.values.requires_grad:
+            self.values = source.values.clone()
+
+    def block_values(self) -> Tensor:
+        source = self.lineage[-1]
+        if self.is_lazy and source is not self and torch.is_grad_enabled() and self.lazy_requires_grad:
+            made = source.block_values()  # the source's, so that its gradient counts what is done with these
+            self.values = self.values if self.is_used else made.clone()
+        return super().block_values()
 
     @property
     def is_lazy(self) -> bool:

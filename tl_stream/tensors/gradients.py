@@ -92,6 +92,8 @@ def at_use(data: BlockData, values: Tensor) -> Tensor:
 
 def weigh(data: BlockData, v: Tensor, detached: bool) -> Tensor:
     """`pattern @ v`, `[batch, head_index, query_pos, d_v]`, watched by whoever wants the pattern's gradient."""
+    if isinstance(data, PatternData):
+        data.follow()
     if not isinstance(data, PatternData) or not data.is_lazy:
         values = data.block_values()
         return weigh_values(values.detach() if detached else at_use(data, values), v, data.layout)
@@ -99,7 +101,8 @@ def weigh(data: BlockData, v: Tensor, detached: bool) -> Tensor:
     if detached or not z.requires_grad:
         return z
     tap = Tap(z, v.detach())
-    data.taps = (*data.taps, weakref.ref(tap))
+    for each in data.lineage:
+        each.taps = (*each.taps, weakref.ref(tap))
     return _KeepAlive.apply(z, tap)
 
 
