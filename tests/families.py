@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -59,9 +60,11 @@ def boot(model: Any, architecture: str | None = None) -> TransformerBridge:
     model.config.architectures = [architecture or type(model).__name__]
     model.config.save_pretrained(folder())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder())
-    return TransformerBridge.boot_transformers(
-        folder(), hf_model=model.eval(), tokenizer=tokenizer, dtype=model.dtype, device="cpu"
-    )
+    # For a model of images and text TransformerLens would pip install torchvision, and with it another torch.
+    with mock.patch("subprocess.check_call", side_effect=RuntimeError("nothing is installed in tests")):
+        return TransformerBridge.boot_transformers(
+            folder(), hf_model=model.eval(), tokenizer=tokenizer, dtype=model.dtype, device="cpu"
+        )
 
 
 def tokens(length: int = 61, batch: int = 2, seed: int = 0) -> Tensor:
