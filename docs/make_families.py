@@ -29,7 +29,7 @@ small random model (`tests/architectures.py`) in float32, compared with its own 
 - **pruned**: the logits of the dense model whose scores are masked with `block_layout.to_dense()`.
 - **padded**: both, with a text padded on the left and on the right.
 - **KV cache**: generation gives the same tokens, and a text continued from a KV cache the same logits.
-- **gradients**: of a pattern and of all parameters, against the masked dense model's, in float64 (where its code computes in it).
+- **gradients**: of a pattern and of all parameters, against the masked dense model's, in float64 where its code can.
 - **knock-outs**: edits in `hook_attn_scores` and in `hook_pattern` change the logits as they do in the dense model.
 - **largest tensor**: elements of the largest one that anything allocates at T = 4,096 tokens, as a fraction of T^2. (0.25 is
   tl_stream's own workspace, 2^22 elements at any T; above it are tensors of the model that grow with T.)

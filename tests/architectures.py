@@ -65,6 +65,7 @@ class Family:
         model: Name of its model class, where transformers doesn't take it for a causal language model.
         architecture: What its checkpoints call it, where the class has another name.
         compatibility: Whether the bridge is in compatibility mode (layer norms folded, weights centred).
+        library: A library that TransformerLens needs for it, beyond its own dependencies.
         lacks: What the untraced model can't do either, and why: "generation", "KV cache", "float64".
         refuses: Sides of padding that can't be traced, and what the error says.
     """
@@ -76,6 +77,7 @@ class Family:
     model: str | None = None
     architecture: str | None = None
     compatibility: bool = False
+    library: str | None = None
     lacks: dict[str, str] = field(default_factory=dict)
     refuses: dict[str, str] = field(default_factory=dict)
 
@@ -243,12 +245,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen2.5-VL": Family(
         "Qwen2_5_VLConfig", {"text_config": {**LLAMA, **MROPE}, "vision_config": QWEN_VISION}, {}, "text only",
-        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration", library="torchvision",
     ),
     "Qwen3-VL": Family(
         "Qwen3VLConfig",
         {"text_config": {**LLAMA, "head_dim": 8, **MROPE}, "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
-        {}, "text only", "Qwen3VLForConditionalGeneration",
+        {}, "text only", "Qwen3VLForConditionalGeneration", library="torchvision",
     ),
     "Native": Family("native", {}, NATIVE, lacks=NO_CACHE),
     "Native, rotary": Family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ LENGTH = 61
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    library = FAMILIES[request.param].library
+    if library and not find_spec(library):
+        pytest.skip(f"TransformerLens needs {library} for it")
     return request.param, build(request.param)
 
 
