@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from zoo import NEEDS_HOOKED, build, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.budget import Constant, Linear, PerHead, Sqrt, TopP
 
 pytestmark = NEEDS_HOOKED
 
@@ -26,7 +28,15 @@ pytestmark = NEEDS_HOOKED
         ({"beam": 0}, ValueError, "beam was 0"),
         ({"leaf_queries": 0}, ValueError, "leaf_queries was 0"),
         ({"max_dense": -1}, ValueError, "max_dense was -1; expected an int >= 0"),
-        ({"estimator": "magic"}, ValueError, "estimator was 'magic'; expected one of 'dual', 'exact'"),
+        (
+            {"estimator": "magic"},
+            ValueError,
+            "estimator was 'magic'; expected one of 'auto', 'dual', 'exact', 'stream', 'hip', 'box'",
+        ),
+        ({"estimator": 3}, ValueError, "estimator was 3; expected one of 'auto'"),
+        ({"exact_below": -1}, ValueError, "exact_below was -1; expected an int >= 0"),
+        ({"k": TopP(0.9), "estimator": "window"}, ValueError, "which reckons no shares of attention"),
+        ({"k": PerHead({0: TopP(0.9)}), "estimator": "random", "seed": 0}, ValueError, "which reckons no shares of attention"),
         ({"backend": "cuda"}, ValueError, "backend was 'cuda'; expected one of 'gather', 'reference'"),
         ({"estimator": "random"}, ValueError, "seed was None with estimator='random'"),
         ({"dense_layers": -1}, ValueError, "dense_layers was -1"),
@@ -40,6 +50,29 @@ pytestmark = NEEDS_HOOKED
 def test_config(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text.replace("(", r"\(")):
         StreamConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "text"),
+    [
+        (TopP, {"p": 0.0}, ValueError, "p was 0.0; expected a number above 0 and at most 1"),
+        (TopP, {"p": 1.5}, ValueError, "p was 1.5; expected a number above 0 and at most 1"),
+        (TopP, {"p": "half"}, TypeError, "p was 'half' of type str; expected a number"),
+        (TopP, {"p": 0.5, "at_most": 0}, ValueError, "at_most was 0; expected an int >= 1: a budget must keep something"),
+        (Constant, {"k": 0}, ValueError, "k was 0; expected an int >= 1"),
+        (Sqrt, {"scale": 0}, ValueError, "scale was 0; expected a number above 0: a budget must keep something"),
+        (Linear, {"fraction": 1.01}, ValueError, "fraction was 1.01; expected a number above 0 and at most 1"),
+        (Linear, {"fraction": 0.5, "at_least": True}, TypeError, "at_least was True of type bool"),
+        (Linear, {"fraction": float("nan")}, ValueError, "fraction was nan"),
+        (PerHead, {"budgets": [4, 4]}, TypeError, "budgets was a list; expected a dict"),
+        (PerHead, {"budgets": {(0, 1, 2): 4}}, ValueError, "budgets had the key (0, 1, 2); expected a layer index or"),
+        (PerHead, {"budgets": {0: "4"}}, TypeError, "budgets[0] was '4' of type str"),
+        (PerHead, {"budgets": {}, "otherwise": 0}, ValueError, "otherwise was 0; expected an int >= 1"),
+    ],
+)
+def test_budgets(kind: Any, options: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        kind(**options)
 
 
 @pytest.mark.parametrize("dense_layers", [4, (1, 3)])

@@ -14,7 +14,7 @@ from tl_stream import BlockLayout, StreamConfig, estimate_layout
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Alibi, Scale, Tanh
 
-CONFIG = StreamConfig(block_q=8, block_k=8, k=4)
+CONFIG = StreamConfig(block_q=8, block_k=8, k=4, estimator="dual")
 
 
 def queries_and_keys(length: int = 200, batch: int = 2, past: int = 0, seed: int = 0, d: int = 16) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def test_more_budget_never_retains_less() -> None:
     assert masses == sorted(masses)
 
 
-@pytest.mark.parametrize("estimator", ["dual", "exact", "window", "random"])
+@pytest.mark.parametrize("estimator", ["dual", "exact", "stream", "hip", "box", "window", "random"])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 64, 97, 257])
 def test_every_choice_is_well_formed(length: int, estimator: str) -> None:
     """Never more than k blocks, causal, sorted, without repetition; all of them where k covers what there is."""
@@ -149,7 +149,7 @@ def test_the_paths_to_the_own_and_the_first_block_are_always_followed() -> None:
     q = q * 0.1 + 8 * direction
     k[:, :, :8] = -direction * 2
     k[:, :, 3] = direction * 6
-    layout = estimate_layout(q, k, StreamConfig(block_q=8, block_k=8, k=1, beam=2))
+    layout = estimate_layout(q, k, StreamConfig(block_q=8, block_k=8, k=1, beam=2, estimator="dual"))
     assert layout.to_block_dense()[0, 0, 1:, 0].float().mean() > 0.99
 
 
@@ -231,7 +231,7 @@ from dataclasses import replace
 from tl_stream import StreamConfig, estimate_layout
 from tl_stream.masking import AttentionMask
 torch.manual_seed(0)
-config = StreamConfig(block_q=8, block_k=8, k=4)
+config = StreamConfig(block_q=8, block_k=8, k=4, estimator="dual")
 q, k = torch.randn(1, 4, 420, 16), torch.randn(1, 2, 420, 16)
 for window in (None, 64):
     mask = AttentionMask.causal(420, window=window)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ class SparseActivationCache(ActivationCache):
         packer = Packer()
         description = {
             "activations": {name: packer.pack(tensor) for name, tensor in self.cache_dict.items()},
-            "config": asdict(replace(self.config, layout_from=None)),
+            "config": self.config.to_json(),
             "has_batch_dim": self.has_batch_dim,
         }
         path = Path(path)
@@ -159,10 +158,7 @@ class SparseActivationCache(ActivationCache):
                 raise ValueError(f"{str(path)!r} holds no SparseActivationCache; expected a file that save() wrote.")
         tensors = load_file(path)
         description = json.loads(metadata[_FORMAT])
-        settings = description["config"]
-        if isinstance(settings["dense_layers"], list):
-            settings["dense_layers"] = tuple(settings["dense_layers"])
-        config, fallbacks = StreamConfig(**settings), Counter[str]()
+        config, fallbacks = StreamConfig.from_json(description["config"]), Counter[str]()
         unpacker = Unpacker(tensors, config, fallbacks)
         activations = {name: unpacker.unpack(entry) for name, entry in description["activations"].items()}
         return cls(activations, model, description["has_batch_dim"], config=config, fallbacks=fallbacks)

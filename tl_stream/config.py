@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-ESTIMATORS = ("dual", "exact", "window", "random")
+from tl_stream import budget
+from tl_stream.budget import Budget, as_budget
+
+ESTIMATORS = ("auto", "dual", "exact", "stream", "hip", "box", "window", "random")
+WITHOUT_SHARES = ("window", "random")
 BACKENDS = ("gather", "reference")
 DECODE = ("sparse", "exact")
 
@@ -17,11 +22,17 @@ class StreamConfig:
     Args:
         block_q: Queries that share one choice of key blocks, in tokens.
         block_k: Keys that are kept or dropped together, in tokens.
-        k: Key blocks kept for each query block and head, all of them counted (own and first block too).
-            A `k` that covers every block is full attention.
-        estimator: `"dual"` (hierarchical, O(T log T)), `"exact"` (the true top k, O(T^2) time), and the static
-            baselines `"window"` (first block and the most recent ones) and `"random"`.
-        beam: Tree nodes that the hierarchical refinement keeps a step, in multiples of `k`.
+        k: Key blocks kept for each query block and head, all of them counted (own and first block too): a number, or a
+            `tl_stream.budget`: `Sqrt`, `Linear` (both by position), `TopP` (by row), `PerHead`. A `k` that covers every
+            block is full attention.
+        estimator: How the blocks are chosen. `"auto"`: `"exact"` up to `exact_below` keys, `"dual"` beyond.
+            `"exact"`: the true best ones, O(T^2) time in O(T) memory. `"dual"`: tree refinement by two scores, then exact
+            scores of the leaves, O(T log T). `"stream"`: the paper's refinement, nodes scored by the mean of their keys;
+            `"hip"`: by their centre key (arXiv:2406.09827); `"box"`: by the greatest score possible within their bounds
+            (Quest, arXiv:2406.10774). `"window"`: the first block and the most recent ones (arXiv:2309.17453). `"random"`.
+            Or a function `f(problem, query_pos) -> blocks, masses` (see `tl_stream.estimator.Problem`).
+        exact_below: Number of keys up to which `"auto"` is exact.
+        beam: Tree nodes that `"dual"` keeps a step, in multiples of `k`.
         leaf_queries: How many queries of a block decide, by their exact scores, which of the remaining candidate blocks are
             kept (evenly spaced, the last one among them); None: all. Fewer are faster, and may miss what a single query reads.
         keep_local: Keep every query block's own key block, whatever its score.
@@ -44,8 +55,9 @@ class StreamConfig:
 
     block_q: int = 32
     block_k: int = 32
-    k: int = 16
-    estimator: str = "dual"
+    k: int | Budget = 16
+    estimator: str | Callable[..., Any] = "auto"
+    exact_below: int = 4096
     beam: int = 4
     leaf_queries: int | None = None
     keep_local: bool = False
@@ -59,9 +71,11 @@ class StreamConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("block_q", "block_k", "k", "beam"):
+        for name in ("block_q", "block_k", "beam"):
             _check_int(name, getattr(self, name), minimum=1)
-        _check_int("max_dense", self.max_dense, minimum=0)
+        for name in ("max_dense", "exact_below"):
+            _check_int(name, getattr(self, name), minimum=0)
+        as_budget(self.k)
         if self.leaf_queries is not None:
             _check_int("leaf_queries", self.leaf_queries, minimum=1)
         if self.seed is not None:
@@ -69,7 +83,8 @@ class StreamConfig:
         for name in ("keep_local", "keep_sink", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} was {getattr(self, name)!r}; expected True or False.")
-        _check_choice("estimator", self.estimator, ESTIMATORS)
+        if not callable(self.estimator):
+            _check_choice("estimator", self.estimator, ESTIMATORS)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("decode", self.decode, DECODE)
         if self.layout_from is not None and not callable(getattr(self.layout_from, "block_layout", None)):
@@ -79,9 +94,38 @@ class StreamConfig:
             )
         if self.estimator == "random" and self.seed is None:
             raise ValueError("seed was None with estimator='random'; expected an int >= 0. Pass seed=0, for example.")
-        if self.keep_local + self.keep_sink > self.k:
+        if self.estimator in WITHOUT_SHARES and self.budget.needs_shares:
+            raise ValueError(
+                f"k was {self.k!r} with estimator={self.estimator!r}, which reckons no shares of attention; expected a "
+                "number of blocks, or a budget by position."
+            )
+        if isinstance(self.k, int) and self.keep_local + self.keep_sink > self.k:
             raise ValueError(f"k was {self.k} with both keep_local and keep_sink; expected at least 2, a block for each.")
         self._check_dense_layers()
+
+    @property
+    def budget(self) -> Budget:
+        """`k` as a budget."""
+        return as_budget(self.k)
+
+    def estimator_for(self, n_keys: int) -> str | Callable[..., Any]:
+        """The estimator for so many keys: `"auto"` decided."""
+        if self.estimator == "auto":
+            return "exact" if n_keys <= self.exact_below else "dual"
+        return self.estimator
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as numbers, strings, lists and dicts; an own estimator and `layout_from` are left out."""
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        estimator = "auto" if callable(self.estimator) else self.estimator
+        return {**plain, "k": budget.to_json(self.k), "estimator": estimator, "layout_from": None}
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> StreamConfig:
+        """The config that `to_json` described."""
+        layers = settings["dense_layers"]
+        dense_layers = layers if isinstance(layers, int) else tuple(layers)
+        return cls(**{**settings, "k": budget.from_json(settings["k"]), "dense_layers": dense_layers})
 
     def dense_layer_indices(self, n_layers: int) -> frozenset[int]:
         """The layers left dense in a model of `n_layers` layers.

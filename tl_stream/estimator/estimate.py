@@ -1,23 +1,26 @@
-"""`estimate_layout`: the k best key blocks of every query block, by the configured estimator."""
+"""`estimate_layout`: the best key blocks of every query block, by the configured estimator and budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_stream.config import StreamConfig
+from tl_stream.estimator.candidates import Estimator
 from tl_stream.estimator.exact import exact_masses
-from tl_stream.estimator.hierarchical import build_levels, hierarchical_masses
+from tl_stream.estimator.hierarchical import build_levels, dual_masses, tree_masses
+from tl_stream.estimator.keep import Limits, keep_most
+from tl_stream.estimator.nodes import by_box, by_centre, by_mean
 from tl_stream.estimator.problem import Problem
 from tl_stream.estimator.static import random_masses, window_masses
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import ScoreMod
 
-Masses = Callable[[Problem, Tensor], tuple[Tensor, Tensor]]
+_TREES = {"stream": by_mean, "hip": by_centre, "box": by_box}
 
 
 @torch.no_grad()
@@ -29,8 +32,9 @@ def estimate_layout(
     mask: AttentionMask | None = None,
     scale: float | None = None,
     score_mods: Sequence[ScoreMod] = (),
+    layer: int = 0,
 ) -> BlockLayout:
-    """Choose the `config.k` key blocks that each query block reads most.
+    """Choose the key blocks that each query block reads most, as many as the budget `config.k` allows.
 
     Args:
         q: Queries, after any rotary embedding.
@@ -39,65 +43,65 @@ def estimate_layout(
         mask: Which token pairs may attend; None: causal, the queries being the last of the keys.
         scale: Factor on q . k; None: `d_head ** -0.5`.
         score_mods: What the model does to the scaled scores before the softmax.
+        layer: Whose q and k these are, for a `PerHead` budget.
 
     Returns:
-        A layout of at most k key blocks a query block; a full one where k covers every key block.
+        A layout of at most that many key blocks a query block; a full one where the budget covers every key block.
 
     Raises:
-        ValueError: Query heads are no multiple of key heads, or the mask has other lengths than q and k.
+        ValueError: Query heads are no multiple of key heads, the mask has other lengths than q and k, or an own estimator's
+            result is of another shape than expected.
     """
     mask = AttentionMask.causal(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
     _check_shapes(q, k, mask)
     block_q, block_k = min(config.block_q, q.shape[2]), min(config.block_k, k.shape[2])
     full = BlockLayout.full(mask, block_q, block_k, q.shape[0], q.shape[1])
-    if config.k >= full.n_kv_blocks:
+    problem = Problem.of(q, k, mask, block_q, block_k, q.shape[-1] ** -0.5 if scale is None else scale, score_mods)
+    limits = Limits(problem, [config.budget.of_head(layer, head) for head in range(q.shape[1])])
+    if limits.all:
         return full
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    problem = Problem.of(q, k, mask, block_q, block_k, scale, score_mods)
-    masses, candidates = _estimator(problem, config)
+    estimate, candidates = _estimator(problem, config, limits.most)
     chunks = []
     for start, stop in problem.runs(candidates * 3 * q.shape[-1]):
-        query_pos = full.query_positions(start, stop)
-        part = problem.slice(start, stop)
-        chunks.append(keep_most(part, *masses(part, query_pos), config))
+        part, query_pos = problem.slice(start, stop), full.query_positions(start, stop)
+        chunks.append(keep_most(part, *_checked(part, *estimate(part, query_pos)), limits, slice(start, stop), config))
     indices, number = (torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
+    if config.budget.needs_shares:  # then most rows may have fewer blocks than allowed
+        indices = indices[..., : max(int(number.max()), 1)]
     return BlockLayout(indices, number, mask, block_q, block_k, q.shape[0], q.shape[1])
 
 
-def keep_most(
-    problem: Problem, blocks: Tensor, masses: Tensor, config: StreamConfig
-) -> tuple[Int[Tensor, "batch head_index q_block slot"], Int[Tensor, "batch head_index q_block"]]:
-    """The k candidate blocks of greatest mass, sorted by position, and how many of them count (mass >= 0)."""
-    forced = torch.zeros_like(masses, dtype=torch.bool)
-    if config.keep_local:
-        forced = forced | (blocks == problem.diagonal)
-    if config.keep_sink:
-        forced = forced | (blocks == problem.sink)
-    # 2 exceeds any share of attention, so that what must be kept comes first.
-    ranked = masses.masked_fill(forced & (masses >= 0), 2.0)
-    best = ranked.topk(min(config.k, ranked.shape[-1]), sorted=False)
-    used = best.values >= 0
-    past_the_end = problem.keys.shape[2]
-    indices = blocks.gather(-1, best.indices).masked_fill(~used, past_the_end).sort(-1).values
-    return indices.masked_fill(indices == past_the_end, 0).int(), used.sum(-1).int()
-
-
-def _estimator(problem: Problem, config: StreamConfig) -> tuple[Masses, int]:
-    """The estimator as a function of some query blocks, and how many candidates a row it scores."""
+def _estimator(problem: Problem, config: StreamConfig, most: int) -> tuple[Estimator, int]:
+    """The estimator as a function of some query blocks, and how many candidates a row it scores at most."""
     n_blocks = problem.keys.shape[2]
-    match config.estimator:
+    match config.estimator_for(problem.mask.key_length):
         case "dual":
-            levels = build_levels(problem)
-            width = config.beam * config.k
+            levels, width = build_levels(problem), config.beam * most
             options = width, config.leaf_queries, config.compile
-            return (lambda part, rows: hierarchical_masses(part, levels, rows, *options)), min(2 * width, n_blocks)
+            return (lambda part, rows: dual_masses(part, levels, rows, *options)), min(2 * width, n_blocks)
+        case "stream" | "hip" | "box" as name:
+            levels, scores = build_levels(problem), _TREES[name]
+            return (lambda part, rows: tree_masses(part, levels, rows, most, scores, config.compile)), min(2 * most, n_blocks)
         case "exact":
             return exact_masses, n_blocks
         case "window":
-            return (lambda part, rows: window_masses(part, config.k)), config.k
-        case _:
+            return (lambda part, rows: window_masses(part, most)), most
+        case "random":
             generator = torch.Generator().manual_seed(config.seed or 0)
             return (lambda part, rows: random_masses(part, generator)), n_blocks
+        case own:
+            assert callable(own)
+            return own, n_blocks
+
+
+def _checked(problem: Problem, blocks: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
+    """What an estimator gave, if it is of the right shape."""
+    if blocks.shape != masses.shape or blocks.shape[:3] != problem.shape:
+        raise ValueError(
+            f"The estimator gave blocks {tuple(blocks.shape)} and masses {tuple(masses.shape)}; expected both to be "
+            f"[batch, head_index, q_block, candidate] = {(*problem.shape, 'candidate')}."
+        )
+    return blocks, masses
 
 
 def _check_shapes(q: Tensor, k: Tensor, mask: AttentionMask) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from tl_stream.estimator.candidates import Candidates
 from tl_stream.estimator.problem import Problem, block_masses
 
 
-def exact_masses(
-    problem: Problem, query_pos: Int[Tensor, "q_block block_q"]
-) -> tuple[Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]]:
+def exact_masses(problem: Problem, query_pos: Int[Tensor, "q_block block_q"]) -> Candidates:
     """Every key block and its share of the query block's attention; negative where the mask leaves nothing of it."""
     blocks, used = problem.readable_blocks()
     return blocks, block_masses(problem, query_pos, blocks, used).masked_fill(~used, -1.0)

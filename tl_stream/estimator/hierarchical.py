@@ -1,17 +1,18 @@
 """Hierarchical refinement: which key blocks each query block reads, in O(T log T) time and O(T) memory.
 
-After Stream (Rosser et al. 2025, section 3) and HiP (arXiv:2406.09827), with two changes that keep far more of the
-attention at the same budget: nodes are kept by two scores, and the surviving leaves are scored exactly.
+After Stream (Rosser et al. 2025, section 3) and HiP (arXiv:2406.09827):
 
 1. Cut the keys after the rotary embedding into blocks (leaves); per leaf the mean and the elementwise least and
    greatest key; a binary pyramid of those.                                                            O(T d)
 2. A query block is represented by its mean query.                                                     O(T d)
-3. Beam of W = beam * k nodes, starting at the level with at most W nodes. Each step takes the children, drops those
-   that lie wholly outside what the mask allows, and keeps W: half by the mean query's score on the centroid, half by its
-   greatest possible score in the node's box (Quest, arXiv:2406.10774). The ancestors of the block's own leaf and
-   of the first leaf are always kept: the one's statistics contain future keys, the other is the attention sink.
-                                                                                              O(T / b_q * W d log T)
-4. The up to 2 W leaves that remain are scored exactly (`block_masses`), for all queries of the block or for some
+3. Beam of W nodes, starting at the finest level with at most 2 W of them. Each step takes the children, drops those that lie
+   wholly outside what the mask allows, and keeps the W best. The ancestors of the block's own leaf and of the first leaf
+   are always kept: the one's statistics contain future keys, the other is the attention sink.     O(T / b_q * W d log T)
+
+`tree_masses` is that, with W = k and one score a node: what was published. `dual_masses` changes two things, which keep far
+more of the attention at the same budget: W = beam * k nodes are kept, half by their mean and half by their bounds; and
+
+4. the up to 2 W leaves that remain are scored exactly (`block_masses`), for all queries of the block or for some
    evenly spaced ones; the k with the most mass are kept.                                       O(T * W b_k d)
 """
 
@@ -21,7 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_stream.estimator.candidates import Candidates
 from tl_stream.estimator.compiled import compiled
+from tl_stream.estimator.nodes import NodeScores, by_mean_and_box
 from tl_stream.estimator.problem import Problem, block_masses
 from tl_stream.estimator.pyramid import Level, build_pyramid
 
@@ -36,15 +39,15 @@ def build_levels(problem: Problem) -> list[Level]:
     return build_pyramid(problem.keys, valid.expand(problem.keys.shape[0], -1).unflatten(1, (n_blocks, block_k)))
 
 
-def hierarchical_masses(
+def dual_masses(
     problem: Problem,
     levels: list[Level],
     query_pos: Int[Tensor, "q_block block_q"],
     width: int,
     leaf_queries: int | None,
     compile: bool,
-) -> tuple[Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]]:
-    """Candidate key blocks and the estimated share of attention of each; negative where a candidate doesn't count.
+) -> Candidates:
+    """Candidate key blocks and their shares of attention among them; negative where a candidate doesn't count.
 
     Args:
         problem: Some query blocks, all keys.
@@ -55,22 +58,62 @@ def hierarchical_masses(
         compile: Run the refinement and the leaves' scores through `torch.compile`.
     """
     run = compiled(_refine) if compile else _refine
-    nodes, used = run(problem, levels, query_pos, width)
-    masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), nodes, used, compile=compile)
-    return nodes, masses.masked_fill(~used, -1.0)
+    leaves, used = run(problem, levels, query_pos, width, by_mean_and_box)
+    masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), leaves, used, compile=compile)
+    return leaves, masses.masked_fill(~used, -1.0)
 
 
-def _refine(problem: Problem, levels: list[Level], query_pos: Tensor, width: int) -> tuple[Tensor, Bool[Tensor, ...]]:
+def tree_masses(
+    problem: Problem,
+    levels: list[Level],
+    query_pos: Int[Tensor, "q_block block_q"],
+    width: int,
+    scores: NodeScores,
+    compile: bool,
+) -> Candidates:
+    """Candidate key blocks and their shares of attention, were each key's score its leaf's; negative as above.
+
+    Args:
+        problem, levels, query_pos, width, compile: As `dual_masses` takes them.
+        scores: How nodes are scored.
+    """
+    run = compiled(_refine) if compile else _refine
+    leaves, used = run(problem, levels, query_pos, width, scores)
+    (logits,) = scores(problem, levels[0], 0, _mean_query(problem, query_pos), query_pos, leaves)
+    masses = logits.masked_fill(~used, -torch.inf).softmax(-1)
+    return leaves, masses.masked_fill(~used, -1.0)
+
+
+def _refine(
+    problem: Problem, levels: list[Level], query_pos: Tensor, width: int, scores: NodeScores
+) -> tuple[Tensor, Bool[Tensor, ...]]:
     """The leaves that remain of the tree, and which of them count."""
     mean_query = _mean_query(problem, query_pos)
     nodes, used, level = _start(problem, levels, width)
     while level > 0:
         if nodes.shape[-1] > width:
-            nodes, used = _keep_best(problem, levels[level], level, mean_query, query_pos, nodes, used, width)
+            found = scores(problem, levels[level], level, mean_query, query_pos, nodes)
+            on_path = (nodes == problem.diagonal >> level) | (nodes == problem.sink >> level)
+            nodes, used = _keep_best(found, on_path, nodes, used, width)
         level -= 1
         nodes = torch.stack([2 * nodes, 2 * nodes + 1], -1).flatten(-2)
         used = used.repeat_interleave(2, -1) & _in_range(problem, levels[level], level, nodes)
     return nodes.clamp(max=problem.keys.shape[2] - 1), used
+
+
+def _keep_best(scores: tuple[Tensor, ...], on_path: Tensor, nodes: Tensor, used: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` best of the nodes: an equal part of them by each score, of those not yet taken. First those on the path."""
+    taken, chosen, fresh = ~used, [], []
+    for i, score in enumerate(scores):
+        first = score.masked_fill(on_path, torch.inf) if i == 0 else score
+        part = (width + len(scores) - 1 - i) // len(scores)
+        best = first.masked_fill(taken, -torch.inf).topk(part, sorted=False).indices
+        # Where fewer nodes are left than wanted, this repeats some that were taken: those must count once.
+        fresh.append(~taken.gather(-1, best))
+        chosen.append(best)
+        taken = taken.scatter(-1, best, True)
+    index = torch.cat(chosen, -1)
+    return nodes.gather(-1, index), torch.cat(fresh, -1)
 
 
 def _some_queries(problem: Problem, query_pos: Tensor, number: int | None) -> tuple[Problem, Tensor]:
@@ -101,40 +144,3 @@ def _in_range(problem: Problem, nodes_of: Level, level: int, nodes: Tensor) -> B
     size = problem.block_k << level
     inside = (nodes * size < problem.last_key[:, None]) & ((nodes + 1) * size > problem.first_key[:, None])
     return inside & (nodes_of.n_keys[problem.batch_index, nodes] > 0)
-
-
-def _keep_best(
-    problem: Problem,
-    nodes_of: Level,
-    level: int,
-    mean_query: Tensor,
-    query_pos: Tensor,
-    nodes: Tensor,
-    used: Tensor,
-    width: int,
-) -> tuple[Tensor, Tensor]:
-    """The `width` best of the nodes: half by centroid, then half of the others by box."""
-    on_path = (nodes == problem.diagonal >> level) | (nodes == problem.sink >> level)
-    by_centroid, by_box = _node_scores(problem, nodes_of, level, mean_query, query_pos, nodes)
-    by_centroid = by_centroid.masked_fill(on_path, torch.inf).masked_fill(~used, -torch.inf)
-    first = by_centroid.topk(width - width // 2, sorted=False).indices
-    taken = torch.zeros_like(used).scatter(-1, first, True)
-    by_box = by_box.masked_fill(~used | taken, -torch.inf)
-    second = by_box.topk(width // 2, sorted=False).indices
-    chosen = torch.cat([first, second], -1)
-    # Where fewer than `width` nodes count, the second half repeats some of the first: those must count once.
-    fresh = torch.cat([torch.ones_like(first, dtype=torch.bool), ~taken.gather(-1, second)], -1)
-    return nodes.gather(-1, chosen), used.gather(-1, chosen) & fresh
-
-
-def _node_scores(
-    problem: Problem, nodes_of: Level, level: int, mean_query: Tensor, query_pos: Tensor, nodes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The mean query's score on each node's centroid, and its greatest possible score in each node's box."""
-    zeros, positive, negative = torch.zeros_like(mean_query), mean_query.clamp(min=0), mean_query.clamp(max=0)
-    by_centroid, by_box = torch.cat([mean_query, zeros, zeros], -1), torch.cat([zeros, positive, negative], -1)
-    products = torch.stack([by_centroid, by_box], -2) @ problem.select(nodes_of.statistics, nodes).transpose(-1, -2)
-    centroid, box = products.unbind(-2)
-    last_key = torch.minimum((nodes + 1) * (problem.block_k << level), problem.last_key[:, None]) - 1
-    last_query = query_pos.amax(-1).clamp(max=problem.mask.query_length - 1)[:, None]
-    return problem.score(centroid, last_query, last_key), problem.score(box, last_query, last_key)

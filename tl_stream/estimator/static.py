@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
+from tl_stream.estimator.candidates import Candidates
 from tl_stream.estimator.problem import Problem
-
-Candidates = tuple[Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "batch head_index q_block candidate"]]
 
 
 def window_masses(problem: Problem, k: int) -> Candidates:

@@ -109,7 +109,13 @@ class AttentionScores(Wrapper):
         if config.seed is not None:  # random choices differ by layer
             config = replace(config, seed=config.seed * 1_000_003 + self.origin.layer)
         return estimate_layout(
-            products.q, products.k, config, mask=self.mask, scale=products.scale, score_mods=products.score_mods
+            products.q,
+            products.k,
+            config,
+            mask=self.mask,
+            scale=products.scale,
+            score_mods=products.score_mods,
+            layer=self.origin.layer,
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -164,12 +164,12 @@ def reduced(tensor: SparseTensor) -> tuple[Any, ...]:
     """A sparse tensor for pickle: q, k, layout and log-sum-exp, or the kept values where it was written to; no gradients."""
     packer = Packer()
     description = packer.pack(tensor)
-    return rebuild, (packer.tensors, description, asdict(tensor.origin.config))
+    return rebuild, (packer.tensors, description, tensor.origin.config.to_json())
 
 
 def rebuild(tensors: dict[str, Tensor], description: dict[str, Any], settings: dict[str, Any]) -> Tensor:
     """What `reduced` took apart."""
-    return Unpacker(tensors, StreamConfig(**settings), Counter()).unpack(description)
+    return Unpacker(tensors, StreamConfig.from_json(settings), Counter()).unpack(description)
 
 
 torch.serialization.add_safe_globals([rebuild])
