@@ -21,7 +21,7 @@ from tl_stream.tasks import NeedleTask, niah_single_1
 from tl_stream.tracing import run_with_sparse_cache, sparse
 from tl_stream.viz.page import check_writable
 
-CONFIG = StreamConfig(block_q=32, block_k=32, k=6)
+CONFIG = StreamConfig(block_q=32, block_k=32, k=6, estimator="dual")
 STEPS = ("dense: cached run", "dense: answer", "sparse: cached run", "sparse: answer", "write the page")
 _WARM_UP_TOKENS = 64
 _DENSE_TEMPORARIES = 4  # tensors of one layer's pattern that the dense run holds beside its cache at its peak, measured
