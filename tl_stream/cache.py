@@ -29,7 +29,7 @@ class SparseActivationCache(ActivationCache):
     """The activations of a sparse run, under the keys of `run_with_cache`.
 
     `cache["pattern", layer]` is a `BlockSparsePattern`, `cache["attn_scores", layer]` a `BlockSparseScores`; everything else
-    is an ordinary tensor. All numbers are exact for the sparse model.
+    is an ordinary tensor. All numbers are exact for the sparse model; under `forward="exact"`, for the real one.
 
     Attributes:
         config: The config of the run.
@@ -83,6 +83,8 @@ class SparseActivationCache(ActivationCache):
     def pruned(self) -> float:
         """1 - kept token pairs / allowed token pairs, over all cached patterns (dense layers included).
 
+        Under `forward="exact"` the model read all pairs; this is the share that was not recorded.
+
         Raises:
             ValueError: No pattern is in the cache.
         """
@@ -96,7 +98,7 @@ class SparseActivationCache(ActivationCache):
         """Rows of the full softmax of this run's own q and k: what the pattern would have been with nothing pruned.
 
         Rows count as the cached pattern shows them (after `pos_slice`). This is not the dense model's pattern: its q and k
-        differ once an earlier layer was pruned. O(T) a row and head.
+        differ once an earlier layer was pruned (under `forward="exact"` it is). O(T) a row and head.
 
         Raises:
             KeyError: No pattern of that layer was cached.
@@ -165,7 +167,8 @@ class SparseActivationCache(ActivationCache):
 
     def __repr__(self) -> str:
         pruned = f", pruned={self.pruned:.4f}" if self.patterns else ""
-        return f"SparseActivationCache({len(self.cache_dict)} activations, {self.nbytes:,} bytes{pruned})"
+        forward = f", forward={self.config.forward!r}"
+        return f"SparseActivationCache({len(self.cache_dict)} activations, {self.nbytes:,} bytes{pruned}{forward})"
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

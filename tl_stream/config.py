@@ -13,6 +13,7 @@ ESTIMATORS = ("auto", "dual", "exact", "stream", "hip", "box", "window", "random
 WITHOUT_SHARES = ("window", "random")
 BACKENDS = ("gather", "reference")
 DECODE = ("sparse", "exact")
+FORWARD = ("sparse", "exact")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class StreamConfig:
             compare or patch runs on the same blocks. The texts must be of one length.
         decode: What a step of generation (one query, earlier keys in a KV cache) reads: `"sparse"`, the `k` key blocks
             estimated for it, or `"exact"`, everything.
+        forward: What the model computes: `"sparse"`, attention over the kept blocks alone, or `"exact"`, full attention
+            (streamed: linear memory, quadratic time), where the kept blocks are what is recorded, with their true probabilities.
+            What is said above of kept and dropped is then said of recorded and not recorded: `dense_layers` and
+            `decode="exact"` record everything.
         backend: `"gather"` (plain torch, linear memory) or `"reference"` (dense mask; for checking, small inputs only).
         max_dense: Largest number of entries that an operation unknown to the sparse tensors may make dense on its own.
             0 switches that off: such an operation then always raises.
@@ -65,6 +70,7 @@ class StreamConfig:
     dense_layers: int | tuple[int, ...] = 0
     layout_from: Any = field(default=None, compare=False)
     decode: str = "sparse"
+    forward: str = "sparse"
     backend: str = "gather"
     max_dense: int = 2**22
     compile: bool = False
@@ -87,6 +93,7 @@ class StreamConfig:
             _check_choice("estimator", self.estimator, ESTIMATORS)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("decode", self.decode, DECODE)
+        _check_choice("forward", self.forward, FORWARD)
         if self.layout_from is not None and not callable(getattr(self.layout_from, "block_layout", None)):
             raise TypeError(
                 f"layout_from was a {type(self.layout_from).__name__}; expected a SparseActivationCache (of a run that cached "

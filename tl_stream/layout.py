@@ -47,6 +47,10 @@ class BlockLayout:
         """Keep whatever `mask` allows."""
         return cls(None, None, mask, block_q, block_k, batch, n_heads)
 
+    def to_full(self) -> BlockLayout:
+        """The layout of the same shape and blocks that keeps whatever the mask allows."""
+        return BlockLayout.full(self.mask, self.block_q, self.block_k, self.batch, self.n_heads)
+
     @property
     def is_full(self) -> bool:
         """Whether everything that the mask allows is kept, without stored indices."""

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tl_stream.attention.complement import Complement
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import NEVER
 
@@ -55,6 +56,8 @@ class Chunk:
         """Which of the kept entries the mask allows."""
         batch = torch.arange(self.layout.batch, device=self.layout.device)[:, None, None, None, None]
         allowed = self.layout.mask.allows(batch, self.query_pos[:, :, None], self.key_pos[:, :, :, None])
+        if isinstance(self.layout, Complement):
+            return allowed & ~self.layout.dropped(self.start, self.stop, self.n_keys)[:, :, None]
         return allowed if self.used is None else allowed & self.used.repeat_interleave(self.layout.block_k, -1)[:, :, :, None]
 
     def partial_slots(self) -> tuple[tuple[Int[Tensor, " n"], ...], Bool[Tensor, "n rows block_k"]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
-from tl_stream.hosts.hooks import stream, watch_gradient
+from tl_stream.hosts.hooks import complete, stream, watch_gradient
 from tl_stream.hosts.overrides import first_hook, override_attribute, override_buffer, override_method
 from tl_stream.hosts.predicates import mask_from_predicate
 from tl_stream.masking import AttentionMask
@@ -121,7 +121,9 @@ class BridgeAttention:
             return args[0]
         before, self.capture.paused = self.capture.paused, True
         try:
-            return type(part)._call_impl(part, *args, **kwargs)
+            result = type(part)._call_impl(part, *args, **kwargs)
+            is_recorded = part in (self.attn.hook_attn_scores, self.attn.hook_pattern)
+            return complete(args[0], result, part) if self.origin.is_exact and is_recorded else result
         finally:
             self.capture.paused = before
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.abstract_attention import AbstractAttention
 
-from tl_stream.hosts.hooks import check_length, stream, to_all_tokens, watch_gradient
+from tl_stream.hosts.hooks import call_complete, check_length, stream, to_all_tokens, watch_gradient
 from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.alibi import AlibiBias
@@ -68,6 +68,8 @@ def _install_attention(attn: AbstractAttention, origin: Origin, stack: ExitStack
     if attn.cfg.positional_embedding_type == "alibi":
         slopes = AbstractAttention.create_alibi_multipliers(attn.cfg.n_heads, attn.cfg.device)
         stack.enter_context(override_attribute(attn, "alibi", AlibiBias(slopes, _ANY_LENGTH)))
+    for point in (attn.hook_attn_scores, attn.hook_pattern) if origin.is_exact else ():
+        stack.enter_context(override_method(point, "_call_impl", partial(call_complete, point)))
     stack.enter_context(first_hook(attn.hook_attn_scores, stream))
     stack.enter_context(first_hook(attn.hook_pattern, watch_gradient))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.gradients import watch
+from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores import AttentionScores
 
 
@@ -22,6 +24,49 @@ def watch_gradient(tensor: Tensor, hook: Any) -> Tensor:
     if isinstance(tensor, BlockSparseTensor):
         watch(tensor, hook)
     return tensor
+
+
+def complete(before: Tensor, after: Any, hook: HookPoint) -> Any:
+    """What a hook point hands to the model under `forward="exact"`: the record, edited by hooks or not, and what lies outside it.
+
+    Args:
+        before: What entered the hook point: `AttentionScores` or a sparse pattern.
+        after: What came out.
+        hook: The hook point.
+
+    Raises:
+        NotImplementedError: A hook returned an ordinary tensor, which can't say what lies outside the record.
+    """
+    if not isinstance(before, AttentionScores | BlockSparseTensor):
+        return after
+    if not isinstance(after, BlockSparseTensor):
+        raise NotImplementedError(
+            f"A hook on {hook.name} returned a {type(after).__name__}; under forward='exact' expected the sparse tensor that it "
+            "was given, edited: an ordinary one says nothing of what was not recorded. Edit it in place (x[...] = value), or use "
+            "forward='sparse'."
+        )
+    data = after._data.fork()
+    data.is_complete = True
+    if data.find_rest() is None:
+        data.rest = _rest_of(before, hook)
+        if isinstance(before, BlockSparseTensor):  # what hooks have taken out of the record is 0 now, not unknown
+            data.extend(data.layout.union(before._data.layout))
+    return type(after)(data, after._view, after.dtype, after._detached)
+
+
+def _rest_of(before: AttentionScores | BlockSparseTensor, hook: HookPoint) -> Rest:
+    rest = before.find_rest() if isinstance(before, AttentionScores) else before._data.find_rest()
+    if rest is None:
+        raise NotImplementedError(
+            f"The model itself changed its pattern on the way to {hook.name}, so that what was not recorded is not known there; "
+            "use forward='sparse'."
+        )
+    return rest
+
+
+def call_complete(point: HookPoint, x: Tensor) -> Any:
+    """`point(x)`, completed."""
+    return complete(x, type(point)._call_impl(point, x), point)
 
 
 def to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tl_stream.tensors import gradients
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData, ScoresData, block_softmax
+from tl_stream.tensors.data import BlockData, PatternData, ScoresData
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.products import Origin
+from tl_stream.tensors.rest import Rest, block_softmax
 from tl_stream.tensors.transposed import transposed_matmul
 
 
@@ -29,20 +30,33 @@ def pattern_of(scores: BlockSparseTensor, dtype: torch.dtype, sink: Tensor | Non
     data = scores._selected()
     view = scores._view if data is scores._data else scores._view.on(data.layout.batch, data.layout.n_heads)
     pattern: BlockData
-    if isinstance(data, ScoresData) and data.version == 0:
+    rest = data.find_rest() if data.is_complete else None
+    if isinstance(data, ScoresData) and data.version == 0 and data.rest is None:
         data.follow()
         products = data.products.detach() if scores._detached else data.products
         products = products if sink is None else replace(products, sink=sink)
-        pattern = PatternData(data.layout, 0.0, data.origin).of(products)
+        pattern = PatternData(data.layout, 0.0, data.origin, is_exact=rest is not None).of(products)
         for each in [] if scores._detached else data.lineage:
             each.patterns = (*each.patterns, pattern) if each.is_lazy else ()
     else:
         pattern = BlockData(data.layout, 0.0, data.origin)
-    if not data.is_lazy:
+    if not data.is_lazy or data.rest is not None:
         values = data.block_values()
         values = values.detach() if scores._detached else gradients.at_use(data, values)
-        pattern.values = block_softmax(values, data.layout, sink)
+        if rest is None:
+            pattern.values, _ = block_softmax(values, data.layout, sink)
+        else:
+            _beside(rest.with_sink(sink), values, pattern)
     return BlockSparsePattern(pattern, view, dtype, scores._detached)
+
+
+def _beside(rest: Rest, scores: Tensor, pattern: BlockData) -> None:
+    """Let `pattern` be the softmax of `scores` on its blocks and of what the model reads outside them."""
+    pattern.values, lse = block_softmax(scores, pattern.layout, rest.logit(pattern.layout))
+    if isinstance(pattern, PatternData):
+        pattern.lse_in_graph = lse
+    else:
+        pattern.rest = replace(rest, lse=lse)
 
 
 def product(pattern: BlockSparseTensor, x: Tensor, transposed: bool) -> Any:

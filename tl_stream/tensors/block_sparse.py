@@ -105,7 +105,8 @@ class BlockSparseTensor(SparseTensor):
     def retained_mass(self) -> Float[Tensor, "*batch_and_head query_pos"]:
         """Share of each row's full softmax (over all keys that the mask allows) that the kept keys hold, exactly.
 
-        O(T^2) time over all rows, O(T) memory; take a range of rows first where that is too much.
+        O(T^2) time over all rows, O(T) memory; take a range of rows first where that is too much. Under `forward="exact"` it
+        is the sum of each row (a sink's share is not in it), in O(T) time.
 
         Raises:
             TypeError: Not a pattern that can still be recomputed from q and k.
@@ -141,7 +142,7 @@ class BlockSparseTensor(SparseTensor):
         state = "lazy" if self._data.is_lazy else "values"
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self._data.origin.layer}, "
-            f"{state}, fill={self.fill}, {self._narrow_layout()!r})"
+            f"{state}, fill={self.fill}, forward={self.origin.config.forward!r}, {self._narrow_layout()!r})"
         )
 
     def _selected(self) -> BlockData:
@@ -157,10 +158,14 @@ class BlockSparseTensor(SparseTensor):
             return layout
         return layout.select(self._view.texts(layout.device), self._view.heads(layout.device))
 
-    def shown_values(self) -> Shaped[Tensor, "batch head_index q_block block_q key"]:
-        """Values on the kept blocks of the batch elements and heads shown, in this tensor's dtype; all query rows."""
+    def shown_values(self, layout: BlockLayout | None = None) -> Shaped[Tensor, "batch head_index q_block block_q key"]:
+        """Values on the kept blocks of the batch elements and heads shown, in this tensor's dtype; all query rows.
+
+        `layout`: another layout of those, which holds the kept blocks; None: theirs.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detached):
-            values = self._selected().block_values().to(self.dtype)
+            data = self._selected()
+            values = (data.block_values() if layout is None else data.values_on(layout)).to(self.dtype)
         return values.detach() if self._detached else values
 
 
@@ -171,7 +176,8 @@ class BlockSparseScores(BlockSparseTensor):
 class BlockSparsePattern(BlockSparseTensor):
     """Attention probabilities on the kept blocks, 0 elsewhere: what `hook_pattern` shows.
 
-    The log-sum-exp is over the kept keys: these are the sparse model's probabilities.
+    They are the sparse model's, whose rows sum to 1; under `forward="exact"` the real model's, whose rows sum to the share of
+    them that was kept.
     """
 
     def retained_mass(self) -> Float[Tensor, "*batch_and_head query_pos"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import NEVER
 from tl_stream.tensors.products import Origin, Products
+from tl_stream.tensors.rest import Rest, block_softmax
 
 MAX_VALUES = 2**31
 Data = TypeVar("Data", bound="BlockData")
@@ -32,6 +33,9 @@ class BlockData:
         watches: Backward hooks that are told the gradient of the values at their next use (`gradients.Watch`).
         taps: Where the gradient of a lazy pattern can be had while the graph lives (`gradients.Tap`), one a use.
         read_late: Whether values were made with a graph after the first use, so that taps don't tell everything.
+        is_complete: Whether this goes on into the model, under `forward="exact"`: then it stands for all of its rows, what
+            lies outside the kept blocks included.
+        rest: What lies there, where it can't be had from q and k.
     """
 
     layout: BlockLayout
@@ -42,6 +46,8 @@ class BlockData:
     watches: tuple[Any, ...] = ()
     taps: tuple[weakref.ref[Any], ...] = ()
     read_late: bool = False
+    is_complete: bool = False
+    rest: Rest | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -57,6 +63,10 @@ class BlockData:
     def is_used(self) -> bool:
         """Whether the model (or somebody) has used this without making its values."""
         return bool(self.taps)
+
+    def find_rest(self) -> Rest | None:
+        """What lies outside the kept blocks under `forward="exact"`; None where that is not known."""
+        return self.rest
 
     def make(self) -> Tensor:
         """The values of what has not been written to."""
@@ -102,10 +112,34 @@ class BlockData:
         block_q, block_k = self.layout.block_q, self.layout.block_k
         return batch, head, query_pos // block_q, query_pos % block_q, slot * block_k + key_pos % block_k
 
+    def values_on(self, layout: BlockLayout) -> Tensor:
+        """Values on the blocks of `layout`, which holds the present one; what is new holds `fill`.
+
+        Raises:
+            ValueError: What is new was not recorded, and can't be recomputed.
+        """
+        if layout.kv_indices is self.layout.kv_indices:
+            return self.block_values()
+        self.check_size(layout)
+        if self.hides_entries and self.layout.n_slots and bool((layout.rows()[1] & ~self._have(layout)).any()):
+            raise ValueError(
+                f"This tensor was computed from the recorded blocks of layer {self.origin.layer}; with forward='exact' its "
+                "values on further ones are not known. Record the same blocks in both runs (layout_from=cache), or write to the "
+                "pattern or the scores themselves before computing with them."
+            )
+        return relayout(self.block_values(), self.layout, layout, self.fill)
+
+    def _have(self, layout: BlockLayout) -> Bool[Tensor, "batch head_index q_block slot"]:
+        """Which blocks of another layout are kept here."""
+        batch = torch.arange(layout.batch, device=layout.device)[:, None, None, None]
+        head = torch.arange(layout.n_heads, device=layout.device)[:, None, None]
+        q_block = torch.arange(layout.n_q_blocks, device=layout.device)[:, None]
+        return self.layout.find(batch, head, q_block, layout.rows()[0])[1]
+
     def extend(self, layout: BlockLayout) -> None:
-        """Keep the blocks of `layout`, which holds the present one, too; what is new holds `fill`."""
+        """Keep the blocks of `layout`, which holds the present one, too."""
         if layout is not self.layout:
-            self.values = relayout(self.block_values(), self.layout, layout, self.fill)
+            self.values = self.values_on(layout)
             self.layout = layout
 
     def to(self: Data, device: torch.device) -> Data:
@@ -132,13 +166,18 @@ class BlockData:
         return [x for x in (layout.kv_indices, layout.kv_num_blocks, self.values) if x is not None]
 
     @property
+    def hides_entries(self) -> bool:
+        """Whether entries outside the kept blocks are not `fill` in the model, but were not recorded."""
+        return self.origin.is_exact and not self.layout.is_full
+
+    @property
     def is_lazy(self) -> bool:
         """Whether the values are recomputed when asked for."""
         return False
 
-    def check_size(self) -> None:
-        """Raise ValueError where there would be more than `MAX_VALUES` values."""
-        layout = self.layout
+    def check_size(self, layout: BlockLayout | None = None) -> None:
+        """Raise ValueError where there would be more than `MAX_VALUES` values, on the kept blocks or those of `layout`."""
+        layout = self.layout if layout is None else layout
         numel = layout.batch * layout.n_heads * layout.n_q_blocks * layout.block_q * layout.n_slots * layout.block_k
         if numel > MAX_VALUES:
             raise ValueError(
@@ -222,6 +261,18 @@ class LazyData(BlockData):
         inputs = (products.q, products.k, *(() if products.sink is None else (products.sink,)))
         return super().in_graph or any(x.requires_grad for x in inputs)
 
+    def values_on(self, layout: BlockLayout) -> Tensor:
+        if not self.hides_entries or layout.kv_indices is self.layout.kv_indices:
+            return super().values_on(layout)
+        self.check_size(layout)
+        known = relayout(self.block_values(), self.layout, layout, self.fill)
+        have = self._have(layout).repeat_interleave(layout.block_k, -1)[:, :, :, None]
+        return torch.where(have, known, self.make_on(layout).to(known.dtype))
+
+    def make_on(self, layout: BlockLayout) -> Tensor:
+        """What `make` would give on the blocks of another layout, as the model had them."""
+        raise NotImplementedError
+
     def to(self: Lazy, device: torch.device) -> Lazy:
         return BlockData.to(self, device).of(self.products.to(device))
 
@@ -243,8 +294,14 @@ class ScoresData(LazyData):
     def is_used(self) -> bool:
         return bool(self.patterns)
 
+    def find_rest(self) -> Rest | None:
+        return Rest(self.products, self.origin.config.backend) if self.origin.is_exact else self.rest
+
     def make(self) -> Tensor:
-        return self.products.block_scores(self.layout)
+        return self.make_on(self.layout)
+
+    def make_on(self, layout: BlockLayout) -> Tensor:
+        return self.products.block_scores(layout)
 
     def make_entries(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         return self.products.scores_at(batch, head, query_pos, key_pos)
@@ -258,41 +315,87 @@ class ScoresData(LazyData):
 
 @dataclass(eq=False)
 class PatternData(LazyData):
-    """Probabilities that are recomputed from q, k and each row's log-sum-exp over its kept keys.
+    """Probabilities that are recomputed from q, k and each row's log-sum-exp.
 
     Attributes:
         lse: Log-sum-exp of each row (natural log, sink included), once it is known.
+        is_exact: Whether that is over all keys that the mask allows (`forward="exact"`), not over the kept ones alone.
+        lse_in_graph: The same as part of the graph, where values were made in it.
+        scores_in_graph: The scores from which they were made there.
     """
 
     lse: Float[Tensor, "batch head_index query_pos"] | None = None
+    is_exact: bool = False
+    lse_in_graph: Tensor | None = None
+    scores_in_graph: Tensor | None = None
+
+    @property
+    def _normalising(self) -> BlockLayout:
+        return self.layout.to_full() if self.is_exact else self.layout
 
     def row_lse(self) -> Float[Tensor, "batch head_index query_pos"]:
-        """Log-sum-exp of each row over its kept keys (natural log, sink included)."""
+        """Log-sum-exp of each row (natural log, sink included), over its kept keys or all that the mask allows."""
         if self.lse is None:
-            nothing = self.products.k[..., :0]
             with torch.no_grad():
-                self.lse = self.products.attend(nothing, self.layout, "gather")[1]
+                self.lse = self._lse_over(self._normalising)
         return self.lse
 
+    def _lse_over(self, layout: BlockLayout) -> Tensor:
+        return self.products.attend(self.products.k[..., :0], layout, "gather")[1]
+
+    def find_rest(self) -> Rest | None:
+        if not self.is_exact:
+            return self.rest
+        lse = next((each.lse_in_graph for each in self.lineage if each.lse_in_graph is not None), None)
+        if lse is None:
+            lse = self._lse_over(self._normalising) if self.lazy_requires_grad else self.row_lse()
+        return Rest(self.products, self.origin.config.backend, lse)
+
     def make(self) -> Tensor:
-        return block_softmax(self.products.block_scores(self.layout), self.layout, self.products.sink)
+        scores = self.products.block_scores(self.layout)
+        if not self.is_exact:
+            return block_softmax(scores, self.layout, self.products.sink)[0]
+        if not scores.requires_grad:
+            return self._normalised(scores, self.layout)
+        self.scores_in_graph = scores
+        outside = Rest(self.products, self.origin.config.backend).logit(self.layout)
+        values, self.lse_in_graph = block_softmax(scores, self.layout, outside)
+        return values
+
+    def make_on(self, layout: BlockLayout) -> Tensor:
+        return self._normalised(self.products.block_scores(layout), layout)
+
+    def _normalised(self, scores: Tensor, layout: BlockLayout) -> Tensor:
+        lse = self.row_lse() if self.lse_in_graph is None else self.lse_in_graph
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % layout.block_q)).unflatten(-1, (-1, layout.block_q))
+        return (scores - lse[..., None].clamp(min=torch.finfo(scores.dtype).min)).exp()
 
     def make_entries(self, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         scores = self.products.scores_at(batch, head, query_pos, key_pos)
         return (scores - self.row_lse()[batch, head, query_pos]).exp()
 
     def weigh(self, v: Tensor, detached: bool) -> Tensor:
-        """`pattern @ v` by the fused kernel, which makes no values; remembers the log-sum-exp."""
+        """`pattern @ v` by the fused kernel, which makes no values; remembers the log-sum-exp.
+
+        Of a record of full attention that is the part of its kept entries; all of it where this goes on into the model.
+        """
         products = self.products.detach() if detached else self.products
-        z, lse = products.attend(v, self.layout, self.origin.config.backend)
-        self.lse = lse.detach()
-        return z
+        backend = self.origin.config.backend
+        if self.is_complete or not self.is_exact:
+            z, lse = products.attend(v, self._normalising, backend)
+            for each in self.lineage:
+                each.lse = lse.detach()
+            return z
+        z, kept = products.attend(v, self.layout, backend)
+        everything = products.attend(products.k[..., :0], self._normalising, backend)[1]
+        return (kept - everything.clamp(min=torch.finfo(kept.dtype).min)).exp()[..., None] * z
 
     def select(self, texts: Tensor, heads: Tensor) -> BlockData:
         if not self.is_lazy or self.lazy_requires_grad:
             return super().select(texts, heads)
         lse = self.row_lse()[texts][:, heads]
-        data = PatternData(self.layout.select(texts, heads), self.fill, self.origin, lse=lse)
+        layout = self.layout.select(texts, heads)
+        data = PatternData(layout, self.fill, self.origin, lse=lse, is_exact=self.is_exact)
         return data.of(self.products.select(texts, heads))
 
     def to(self, device: torch.device) -> PatternData:
@@ -302,27 +405,6 @@ class PatternData(LazyData):
 
     def stored_tensors(self) -> list[Tensor]:
         return super().stored_tensors() + ([] if self.lse is None else [self.lse])
-
-
-def block_softmax(
-    scores: Float[Tensor, "batch head_index q_block block_q key"], layout: BlockLayout, sink: Tensor | None
-) -> Float[Tensor, "batch head_index q_block block_q key"]:
-    """Softmax of every row over its kept keys (and the sink logit); a row without keys gives 0 everywhere."""
-    peak = scores.detach().amax(-1, keepdim=True)
-    extra = None
-    if sink is not None:
-        chunk_rows = torch.nn.functional.pad(
-            sink.expand(-1, -1, layout.mask.query_length, -1),
-            (0, 0, 0, -layout.mask.query_length % layout.block_q),
-        )
-        extra = chunk_rows.unflatten(2, (-1, layout.block_q)).to(scores.dtype)
-        peak = torch.maximum(peak, extra.detach())
-    peak = peak.clamp(min=torch.finfo(scores.dtype).min)
-    weights = (scores - peak).exp()
-    total = weights.sum(-1, keepdim=True)
-    if extra is not None:
-        total = total + (extra - peak).exp()
-    return weights / total.clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def relayout(values: Tensor, old: BlockLayout, new: BlockLayout, fill: float | bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors import indexing
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData, relayout
+from tl_stream.tensors.data import BlockData, PatternData
 from tl_stream.tensors.names import IN_PLACE_OPERATORS
 
 _BASE = {
@@ -39,6 +39,11 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         picked = _uniform_choice(*args)
         if picked is not None:
             return picked
+    if name in ("masked_fill", "where") and any(x._data.hides_entries for x in sparse) and len(sparse) == 1:
+        raise NotImplementedError(
+            f"{name}: with forward='exact' it would not reach what was not recorded. Assign x[..., keys] = value (or x[mask] = "
+            "value), which records what it writes to."
+        )
     if any(not _aligned(leader, x) for x in sparse):
         return NotImplemented
     if any(isinstance(x, Tensor) and _too_large(x, leader) for x in (*args, *kwargs.values())):
@@ -109,7 +114,8 @@ def _uniform(leader: BlockSparseTensor, value: Any, dtype: torch.dtype) -> Block
 
 def _never_nan(tensor: BlockSparseTensor) -> bool:
     """A pattern as the softmax gave it: that gives 0, never NaN, for a row that reads nothing."""
-    return isinstance(tensor._data, PatternData) and tensor._data.version == 0
+    data = tensor._data
+    return (isinstance(data, PatternData) or data.rest is not None) and data.version == 0
 
 
 def _uniform_choice(condition: Any, chosen: Any, other: Any) -> Any:
@@ -142,8 +148,10 @@ def _common_layout(layouts: list[BlockLayout]) -> BlockLayout:
 
 
 def _values_on(tensor: BlockSparseTensor, layout: BlockLayout) -> Tensor:
-    own, values = tensor._narrow_layout(), tensor.shown_values()
-    return values if own.kv_indices is layout.kv_indices else relayout(values, own, layout, tensor.fill)
+    own = tensor._narrow_layout()
+    if own.kv_indices is layout.kv_indices:
+        return tensor.shown_values()
+    return tensor.shown_values(layout)
 
 
 def _to_blocks(x: Tensor, leader: BlockSparseTensor, layout: BlockLayout) -> Tensor:

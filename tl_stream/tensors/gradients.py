@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from tl_stream.attention.chunks import whole
 from tl_stream.attention.gather import value_products, weigh_values
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
@@ -94,9 +95,11 @@ def weigh(data: BlockData, v: Tensor, detached: bool) -> Tensor:
     """`pattern @ v`, `[batch, head_index, query_pos, d_v]`, watched by whoever wants the pattern's gradient."""
     if isinstance(data, PatternData):
         data.follow()
-    if not isinstance(data, PatternData) or not data.is_lazy:
+    if not isinstance(data, PatternData) or not data.is_lazy or data.rest is not None:
         values = data.block_values()
-        return weigh_values(values.detach() if detached else at_use(data, values), v, data.layout)
+        z = weigh_values(values.detach() if detached else at_use(data, values), v, data.layout)
+        rest = data.find_rest() if data.is_complete else None
+        return z if rest is None else z + (rest.detach() if detached else rest).weigh(v, data.layout)
     z = data.weigh(v, detached)
     if detached or not z.requires_grad:
         return z
@@ -136,19 +139,35 @@ def _leaves(data: BlockData) -> list[Leaf]:
     if data.values is not None and data.values.requires_grad:
         return [(data.values, lambda grad: grad)]
     if isinstance(data, ScoresData):
-        return [_before_softmax(pattern, *leaf) for pattern in data.patterns for leaf in _leaves(pattern)]
-    taps = [tap for tap in (ref() for ref in data.taps) if tap is not None]
-    return [(tap.z, partial(value_products, v=tap.v, layout=data.layout)) for tap in taps]
+        return [leaf for pattern in data.patterns for leaf in _leaves_before_softmax(pattern)]
+    return [(tap.z, partial(value_products, v=tap.v, layout=data.layout)) for tap in _living_taps(data)]
 
 
-def _before_softmax(pattern: PatternData, leaf: Tensor, finish: Callable[[Tensor], Tensor]) -> Leaf:
-    return leaf, lambda grad: _through_softmax(pattern, finish(grad))
+def _living_taps(data: BlockData) -> list[Tap]:
+    return [tap for tap in (ref() for ref in data.taps) if tap is not None]
 
 
-def _through_softmax(pattern: PatternData, grad: Tensor) -> Tensor:
+def _leaves_before_softmax(pattern: PatternData) -> list[Leaf]:
+    leaves = _leaves(pattern)
+    if pattern.scores_in_graph is not None:
+        return [(pattern.scores_in_graph, _unchanged)]
+    if pattern.is_lazy:
+        return [(tap.z, partial(_through_attention, pattern, tap)) for tap in _living_taps(pattern)]
+    return [(leaf, partial(_through_softmax, pattern, finish)) for leaf, finish in leaves]
+
+
+def _through_softmax(pattern: PatternData, finish: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+    with torch.no_grad():
+        weights, grad = pattern.block_values(), finish(grad)
+    return weights * (grad - (weights * grad).sum(-1, keepdim=True))
+
+
+def _through_attention(pattern: PatternData, tap: Tap, grad: Tensor) -> Tensor:
+    """As `_through_softmax`, from z: `sum(P * dP)` over everything that a row reads is `z . dz`."""
     with torch.no_grad():
         weights = pattern.block_values()
-    return weights * (grad - (weights * grad).sum(-1, keepdim=True))
+        mean = whole(pattern.layout).cut_queries((tap.z * grad).sum(-1, keepdim=True))
+    return weights * (value_products(grad, tap.v, pattern.layout) - mean)
 
 
 def _grad(*args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.record import not_recorded, record
 from tl_stream.tensors.row_writes import fits, write_rows
 from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.view import Selection, is_integer
@@ -103,6 +104,8 @@ def _write_scalar(data: BlockData, selection: Selection, value: Any) -> None:
     if selection.numel == 0:
         return
     batch, head, rows, keys = selection.membership(data.layout.shape, data.layout.device)
+    if data.hides_entries:
+        record(data, batch, head, rows, keys)
     inside = _in_blocks(data, batch, head, rows, keys)
     if isinstance(number, Tensor) or not _same(number, data.fill):
         missing = selection.numel - int(inside.sum())
@@ -137,9 +140,13 @@ def write_picked(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor], va
     layout = data.layout
     blocks = (coordinates[0], coordinates[1], coordinates[2] // layout.block_q, coordinates[3] // layout.block_k)
     slot, kept = layout.find(*blocks)
-    lost = ~kept & _differs(source, data.fill)
+    lost = ~kept & (layout.mask.allows(*coordinates[:1], *coordinates[2:]) | _differs(source, data.fill))
+    if not data.hides_entries:
+        lost = lost & _differs(source, data.fill)
     if bool(lost.any()):
-        if not extend:
+        if data.hides_entries and not _is_scalar(value):
+            raise not_recorded(data, int(lost.sum()))
+        if not extend and not data.hides_entries:
             raise _lost(data, int(lost.sum()), source[lost][0].item())
         data.extend(layout.with_blocks(*(x[lost] for x in blocks)))
         slot, kept = data.layout.find(*blocks)
@@ -157,6 +164,11 @@ def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor)
     view = None if selection is None else selection.as_view(tensor.shape[-1])
     if view is not None and fits(tensor, view, value):
         write_rows(tensor, view, value)
+    elif value._data.hides_entries:
+        raise ValueError(
+            "With forward='exact' a part of a recorded tensor can be written only to the same rows of one in blocks of the same "
+            "size. Trace both with the same block_q and block_k."
+        )
     elif value.numel() <= MAX_WINDOW:
         write_picked(tensor, lambda grid: grid[key], value.to_dense(), extend=value.fill == tensor.fill)
     else:

@@ -36,6 +36,11 @@ class Origin:
     dense: bool
     fallbacks: Counter[str]
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the model computed full attention, of which the kept blocks are a record."""
+        return self.config.forward == "exact"
+
 
 @dataclass(frozen=True, eq=False)
 class Products:

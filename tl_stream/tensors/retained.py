@@ -20,6 +20,18 @@ def retained_mass(pattern: BlockSparseTensor) -> Float[Tensor, "*batch_and_head 
     """See `BlockSparseTensor.retained_mass`: exp(lse over the kept keys - lse over all keys that the mask allows)."""
     data, products = _recomputable(pattern)
     rows = slice(pattern._view.rows.start, pattern._view.rows.stop)
+    share = _share_of_record(data, products)[:, :, rows] if data.is_exact else _share(data, products, rows)
+    return pattern.drop_indexed(share.nan_to_num(1.0))  # a row that may read nothing loses nothing
+
+
+def _share_of_record(data: PatternData, products: Products) -> Tensor:
+    """Of rows whose full log-sum-exp was recorded."""
+    _, kept = replace(products, sink=None).attend(products.k[..., :0], data.layout, "gather")
+    return (kept - data.row_lse()).exp()
+
+
+def _share(data: PatternData, products: Products, rows: slice) -> Tensor:
+    """Of rows whose kept keys' log-sum-exp was recorded."""
     mask = data.layout.mask
     start = None if mask.start is None else mask.start[rows]
     part = replace(mask, start=start, stop=mask.stop[rows])
@@ -30,9 +42,7 @@ def retained_mass(pattern: BlockSparseTensor) -> Float[Tensor, "*batch_and_head 
     layout = data.layout
     full = BlockLayout.full(part, layout.block_q, layout.block_k, layout.batch, layout.n_heads)
     _, everything = queries.attend(products.k[..., :0], full, "gather")
-    kept = data.row_lse()[:, :, rows]
-    share = (kept - everything).exp()
-    return pattern.drop_indexed(share.nan_to_num(1.0))  # a row that may read nothing loses nothing
+    return (data.row_lse()[:, :, rows] - everything).exp()
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def write_rows(tensor: BlockSparseTensor, view: View, value: BlockSparseTensor) 
     data, device = tensor._data, tensor.device
     texts, heads = view.texts(device), view.heads(device)
     blocks = _blocks(view.rows, data.layout)
-    values, have = _source(value, view)
+    values, have = _source(value, view, data.layout.select(texts, heads))
     rows = data.layout.query_positions(blocks.start, blocks.stop)
     written = ((rows >= view.rows.start) & (rows < view.rows.stop))[:, :, None]
     _keep_blocks(data, (texts, heads, blocks), have, (values != value.fill) & written)
@@ -46,9 +46,11 @@ def _blocks(rows: range, layout: BlockLayout) -> range:
     return range(rows.start // layout.block_q, -(-rows.stop // layout.block_q))
 
 
-def _source(value: BlockSparseTensor, view: View) -> tuple[Tensor, Rows]:
+def _source(value: BlockSparseTensor, view: View, target: BlockLayout) -> tuple[Tensor, Rows]:
     """Values of the query blocks that hold the rows of `value`, and their key blocks, for the batch and heads of `view`."""
     layout = value._narrow_layout()
+    if value._data.hides_entries:  # 0 where the target keeps a block and `value` doesn't would be no value that it has
+        layout = _common(layout, target, value._view.rows == view.rows)
     blocks = _blocks(value._view.rows, layout)
     lead = [len(axis) if isinstance(axis, range) else 1 for axis in (view.batch, view.head)]
 
@@ -56,9 +58,18 @@ def _source(value: BlockSparseTensor, view: View) -> tuple[Tensor, Rows]:
         rest = x.shape[2:]
         return x.reshape(*value.shape[:-2], *rest).expand(*view.shape[:-2], *rest).reshape(*lead, *rest)
 
-    values = value.shown_values()[:, :, blocks.start : blocks.stop]
+    values = value.shown_values(layout)[:, :, blocks.start : blocks.stop]
     indices, used = layout.rows(blocks.start, blocks.stop)
     return place(values), (place(indices), place(used))
+
+
+def _common(layout: BlockLayout, target: BlockLayout, same_rows: bool) -> BlockLayout:
+    if layout.shape != target.shape or not same_rows:
+        raise ValueError(
+            f"A recorded tensor of (batch, head_index, query_pos, key_pos) = {layout.shape} can't be written to another place or "
+            f"size, {target.shape}, with forward='exact': expected the same rows of as many texts and heads."
+        )
+    return layout if layout.kv_indices is target.kv_indices else layout.union(target)
 
 
 def _keep_blocks(data: BlockData, place: tuple[Tensor, Tensor, range], blocks: Rows, matters: Tensor) -> None:

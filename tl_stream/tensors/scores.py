@@ -22,6 +22,7 @@ from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.merged_scores import MergedScores, view
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin, Products
+from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.wrapper import Wrapper
 
 FireHook = Callable[[Tensor], Tensor]
@@ -96,6 +97,10 @@ class AttentionScores(Wrapper):
         check_numbers("k", products.k, self.origin)
         data = ScoresData(self._layout(), -torch.inf, self.origin).of(products)
         return BlockSparseScores(data, dtype=self.dtype)
+
+    def find_rest(self) -> Rest:
+        """What lies outside any blocks that Stream may keep."""
+        return Rest(self.products, self.origin.config.backend)
 
     def _layout(self) -> BlockLayout:
         """The blocks to keep: all, those of an earlier run, or those of the estimate."""

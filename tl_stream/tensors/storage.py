@@ -73,6 +73,7 @@ class Packer:
             "values": self.add(data.values),
             "products": self._products(data.products) if isinstance(data, LazyData) else None,
             "lse": self.add(data.lse) if isinstance(data, PatternData) else None,
+            "is_exact": isinstance(data, PatternData) and data.is_exact,
         }
 
     def _layout(self, layout: BlockLayout) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Unpacker:
             products = self._products(entry["products"])
             data.of(products)
         if isinstance(data, PatternData):
-            data.lse = self.get(entry["lse"])
+            data.lse, data.is_exact = self.get(entry["lse"]), entry.get("is_exact", False)
         batch, head, rows, n_keys = entry["view"]
         view = View(_from_axis(batch), _from_axis(head), range(*rows), n_keys)
         return _KINDS[entry["kind"]](data, view, getattr(torch, entry["dtype"]), detached=True)
