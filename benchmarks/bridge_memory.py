@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tl_stream
 from tl_stream import StreamConfig
 
-CONFIG = StreamConfig(block_q=64, block_k=64, k=16, beam=1, leaf_queries=4, max_dense=0)
+CONFIG = StreamConfig(block_q=64, block_k=64, k=16, estimator="dual", beam=2, leaf_queries=4, max_dense=0)
 
 
 def build(n_ctx: int) -> Any:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import tl_stream
 from tl_stream import StreamConfig
 
-CONFIG = StreamConfig(block_q=64, block_k=64, k=16, estimator="dual", beam=1, leaf_queries=4)
+CONFIG = StreamConfig(block_q=64, block_k=64, k=16, estimator="dual", beam=2, leaf_queries=4)
 METHODS = ("floor", "sparse", "dense")
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 FIT_FROM = 4096

@@ -280,7 +280,7 @@ def test_32k_tokens_in_linear_memory() -> None:
 
     length = 32768
     model = build("Llama", n_ctx=length)
-    config = StreamConfig(block_q=64, block_k=64, k=16, beam=1, leaf_queries=4, max_dense=0)
+    config = StreamConfig(block_q=64, block_k=64, k=16, estimator="dual", beam=2, leaf_queries=4, max_dense=0)
     with LargestTensor() as seen:
         _, cache = model.run_with_sparse_cache(
             families.tokens(length, batch=1), config=config, logits_to_keep=1, names_filter=lambda name: "hook_pattern" in name

@@ -33,7 +33,7 @@ class StreamConfig:
             (Quest, arXiv:2406.10774). `"window"`: the first block and the most recent ones (arXiv:2309.17453). `"random"`.
             Or a function `f(problem, query_pos) -> blocks, masses` (see `tl_stream.estimator.Problem`).
         exact_below: Number of keys up to which `"auto"` is exact.
-        beam: Key blocks that `"dual"` scores exactly, in multiples of `2 * k`.
+        beam: Tree nodes that `"dual"` keeps a step, and key blocks that it scores exactly, in multiples of `k`.
         leaf_queries: How many queries of a block decide, by their exact scores, which of the remaining candidate blocks are
             kept (evenly spaced, the last one among them); None: all. Fewer are faster, and may miss what a single query reads.
         keep_local: Keep every query block's own key block, whatever its score.
@@ -63,7 +63,7 @@ class StreamConfig:
     k: int | Budget = 16
     estimator: str | Callable[..., Any] = "auto"
     exact_below: int = 4096
-    beam: int = 4
+    beam: int = 7
     leaf_queries: int | None = None
     keep_local: bool = False
     keep_sink: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_stream.config import StreamConfig
 from tl_stream.estimator.candidates import Estimator
 from tl_stream.estimator.exact import exact_masses
-from tl_stream.estimator.hierarchical import build_levels, dual_masses, dual_width, tree_masses
+from tl_stream.estimator.hierarchical import build_levels, dual_masses, tree_masses
 from tl_stream.estimator.keep import Limits, keep_most
 from tl_stream.estimator.nodes import by_box, by_centre, by_mean
 from tl_stream.estimator.problem import Problem
@@ -76,12 +76,12 @@ def _estimator(problem: Problem, config: StreamConfig, most: int) -> tuple[Estim
     n_blocks = problem.keys.shape[2]
     match config.estimator_for(problem.mask.key_length):
         case "dual":
-            levels, leaves = build_levels(problem), 2 * config.beam * most
-            options = leaves, config.leaf_queries, config.compile
-            return (lambda part, rows: dual_masses(part, levels, rows, *options)), min(2 * dual_width(leaves), n_blocks)
+            levels, width = build_levels(problem), config.beam * most
+            options = width, config.leaf_queries, config.compile
+            return (lambda part, rows: dual_masses(part, levels, rows, *options)), min(2 * width, n_blocks)
         case "stream" | "hip" | "box" as name:
-            levels, scores = build_levels(problem), _TREES[name]
-            return (lambda part, rows: tree_masses(part, levels, rows, most, scores, config.compile)), min(2 * most, n_blocks)
+            levels, score = build_levels(problem), _TREES[name]
+            return (lambda part, rows: tree_masses(part, levels, rows, most, score, config.compile)), min(2 * most, n_blocks)
         case "exact":
             return exact_masses, n_blocks
         case "window":

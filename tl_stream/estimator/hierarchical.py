@@ -11,17 +11,19 @@ After Stream (Rosser et al. 2025, section 3) and HiP (arXiv:2406.09827):
                                                                                               O(T / b_q * W d log T)
 
 `tree_masses` is that, with W = k and one score a node: what was published. `dual_masses` keeps far more of the attention at the
-same budget, by four changes:
+same budget, by three changes:
 
-- The beam is wide, W = 4 * beam * k: at a query block a step, nodes cost little.
-- Half of it is kept by the score on the nodes' means, half by the greatest score possible within their bounds.
-- Four groups of neighbouring queries speak for the block; each shares itself out among the nodes (softmax), and a node's score
-  is the mean of its shares: so that what few queries want strongly counts.
-- The best 2 * beam * k leaves are scored exactly (`block_masses`), for all queries of the block or for some evenly spaced
-  ones; the k with the most mass are kept.                                                   O(T * beam k b_k d)
+- W = beam * k nodes are kept.
+- Half of them by the mean query's score on the nodes' means, half by the greatest scores possible within their bounds of the
+  queries, taken two by two: each pair shares itself out among the nodes (softmax), and a node's score is the mean of its
+  shares, so that what few queries want strongly counts.
+- The W leaves that remain are scored exactly (`block_masses`), for all queries of the block or for some evenly spaced ones;
+  the k with the most mass are kept.                                                              O(T * W b_k d)
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int
@@ -29,12 +31,11 @@ from torch import Tensor
 
 from tl_stream.estimator.candidates import Candidates
 from tl_stream.estimator.compiled import compiled
-from tl_stream.estimator.nodes import Groups, Nodes, NodeScores, by_mean_and_box
+from tl_stream.estimator.nodes import Criterion, Groups, Nodes, by_box, by_mean
 from tl_stream.estimator.problem import Problem, block_masses
 from tl_stream.estimator.pyramid import Level, build_pyramid
 
-QUERY_GROUPS = 4
-WIDTH = 4
+NEIGHBOURS = 2  # queries that are taken together
 
 
 def build_levels(problem: Problem) -> list[Level]:
@@ -51,7 +52,7 @@ def dual_masses(
     problem: Problem,
     levels: list[Level],
     query_pos: Int[Tensor, "q_block block_q"],
-    leaves: int,
+    width: int,
     leaf_queries: int | None,
     compile: bool,
 ) -> Candidates:
@@ -61,20 +62,15 @@ def dual_masses(
         problem: Some query blocks, all keys.
         levels: The key pyramid.
         query_pos: Position of each query.
-        leaves: How many key blocks a row are scored exactly.
-        leaf_queries: Queries of a block that score them; None: all.
+        width: Nodes kept a step (W above).
+        leaf_queries: Queries of a block that score the leaves; None: all.
         compile: Run the refinement and the leaves' scores through `torch.compile`.
     """
+    block, pairs = (Groups.of(problem, query_pos, size) for size in (problem.block_q, NEIGHBOURS))
     run = compiled(_refine) if compile else _refine
-    found = run(problem, levels, Groups.of(problem, query_pos, QUERY_GROUPS), dual_width(leaves), leaves, by_mean_and_box)
-    some = _some_queries(problem, query_pos, leaf_queries)
-    masses = block_masses(*some, found.ids, found.used, compile=compile)
-    return found.ids, masses.masked_fill(~found.used, -1.0)
-
-
-def dual_width(leaves: int) -> int:
-    """Nodes that `dual_masses` keeps a step (W above), for so many leaves."""
-    return WIDTH * leaves // 2
+    leaves = run(problem, levels, (Criterion(by_mean, block), Criterion(by_box, pairs)), width, width)
+    masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), leaves.ids, leaves.used, compile=compile)
+    return leaves.ids, masses.masked_fill(~leaves.used, -1.0)
 
 
 def tree_masses(
@@ -82,30 +78,27 @@ def tree_masses(
     levels: list[Level],
     query_pos: Int[Tensor, "q_block block_q"],
     width: int,
-    scores: NodeScores,
+    score: Callable[[Problem, Level, Groups, Nodes], Tensor],
     compile: bool,
 ) -> Candidates:
     """Candidate key blocks and their shares of attention, were each key's score its leaf's; negative as above.
 
     Args:
-        problem, levels, query_pos, compile: As `dual_masses` takes them.
-        width: Nodes kept a step (W above).
-        scores: How nodes are scored.
+        problem, levels, query_pos, width, compile: As `dual_masses` takes them.
+        score: How nodes are scored (`Criterion`).
     """
+    criterion = Criterion(score, Groups.of(problem, query_pos, problem.block_q))
     run = compiled(_refine) if compile else _refine
-    block = Groups.of(problem, query_pos, 1)
-    found = run(problem, levels, block, width, 2 * width, scores)
-    (logits,) = scores(problem, levels[0], block, found)
-    masses = logits.squeeze(3).masked_fill(~found.used, -torch.inf).softmax(-1)
-    return found.ids, masses.masked_fill(~found.used, -1.0)
+    leaves = run(problem, levels, (criterion,), width, 2 * width)
+    return leaves.ids, criterion.shares(problem, levels[0], leaves).masked_fill(~leaves.used, -1.0)
 
 
-def _refine(problem: Problem, levels: list[Level], groups: Groups, width: int, leaves: int, scores: NodeScores) -> Nodes:
-    """The leaves that remain of the tree."""
+def _refine(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...], width: int, leaves: int) -> Nodes:
+    """The best leaves, at most so many, with at most `width` nodes on the way."""
     nodes = _start(problem, levels, width)
     while nodes.level > 0:
-        nodes = _children(problem, levels, _best(problem, levels, groups, nodes, width, scores))
-    nodes = _best(problem, levels, groups, nodes, leaves, scores)
+        nodes = _children(problem, levels, _best(problem, levels, criteria, nodes, width))
+    nodes = _best(problem, levels, criteria, nodes, leaves)
     return nodes._replace(ids=nodes.ids.clamp(max=problem.keys.shape[2] - 1))
 
 
@@ -130,17 +123,16 @@ def _in_range(problem: Problem, nodes_of: Level, level: int, index: Tensor) -> T
     return inside & (nodes_of.n_keys[problem.batch_index, index] > 0)
 
 
-def _best(problem: Problem, levels: list[Level], groups: Groups, nodes: Nodes, number: int, scores: NodeScores) -> Nodes:
-    """The best of the nodes: an equal part of them by each score, of those not yet taken. Those on the two paths come first."""
+def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...], nodes: Nodes, number: int) -> Nodes:
+    """The best of the nodes: an equal part of them by each criterion, of those not yet taken. The two paths come first."""
     if nodes.ids.shape[-1] <= number:
         return nodes
-    found = scores(problem, levels[nodes.level], groups, nodes)
     on_path = (nodes.ids == problem.diagonal >> nodes.level) | (nodes.ids == problem.sink >> nodes.level)
     chosen, fresh, taken = [], [], ~nodes.used
-    for i, score in enumerate(found):
-        shares = score.masked_fill(~nodes.used[:, :, :, None], -torch.inf).softmax(-1)
-        mean = (shares.nan_to_num(0.0) * groups.weight).sum(3).masked_fill(on_path, torch.inf)
-        best = mean.masked_fill(taken, -1.0).topk((number + len(found) - 1 - i) // len(found), sorted=False).indices
+    for i, criterion in enumerate(criteria):
+        shares = criterion.shares(problem, levels[nodes.level], nodes).masked_fill(on_path, 2.0)
+        part = (number + len(criteria) - 1 - i) // len(criteria)
+        best = shares.masked_fill(taken, -1.0).topk(part, sorted=False).indices
         # Where fewer nodes are left than wanted, this repeats some that were taken: those must count once.
         fresh.append(~taken.gather(-1, best))
         chosen.append(best)

@@ -48,52 +48,53 @@ class Groups(NamedTuple):
     weight: Float[Tensor, "q_block group 1"]
 
     @classmethod
-    def of(cls, problem: Problem, query_pos: Int[Tensor, "q_block block_q"], number: int) -> Groups:
-        """Cut every block into so many groups, or fewer where it has fewer queries."""
-        size = -(-problem.block_q // number)
-        inside = pad(query_pos < problem.mask.query_length, (0, -problem.block_q % size)).unflatten(1, (-1, size))
+    def of(cls, problem: Problem, query_pos: Int[Tensor, "q_block block_q"], size: int) -> Groups:
+        """Groups of so many queries; the last one of a block may have fewer."""
+        missing = -problem.block_q % size
+        inside = pad(query_pos < problem.mask.query_length, (0, missing)).unflatten(1, (-1, size))
         count = inside.sum(-1)
-        total = pad(problem.queries, (0, 0, 0, -problem.block_q % size)).unflatten(3, (-1, size)).sum(4)
-        last = query_pos[:, :1] + torch.arange(size, inside[0].numel() + 1, size, device=count.device) - 1
+        total = pad(problem.queries, (0, 0, 0, missing)).unflatten(3, (-1, size)).sum(4)
+        last = query_pos[:, :1] + torch.arange(size, problem.block_q + missing + 1, size, device=count.device) - 1
         mean = total / count.clamp(min=1)[:, :, None]
         return cls(mean, last.clamp(max=problem.mask.query_length - 1)[:, :, None], (count / count.sum(-1, True))[:, :, None])
 
 
-Scores = Float[Tensor, "batch head_index q_block group node"]
-NodeScores = Callable[[Problem, Level, Groups, Nodes], tuple[Scores, ...]]
+class Criterion(NamedTuple):
+    """One way to score nodes: `score(problem, nodes_of, groups, nodes)`, `[batch, head_index, q_block, group, node]`."""
+
+    score: Callable[[Problem, Level, Groups, Nodes], Tensor]
+    groups: Groups
+
+    def shares(self, problem: Problem, nodes_of: Level, nodes: Nodes) -> Float[Tensor, "batch head_index q_block node"]:
+        """The share of attention that each node gets (softmax over the nodes that count), in the mean over the queries."""
+        scores = self.score(problem, nodes_of, self.groups, nodes).masked_fill(~nodes.used[:, :, :, None], -torch.inf)
+        return (scores.softmax(-1).nan_to_num(0.0) * self.groups.weight).sum(3)
 
 
-def by_mean_and_box(problem: Problem, nodes_of: Level, groups: Groups, nodes: Nodes) -> tuple[Scores, Scores]:
-    """Each group's score on each node's mean key, and its greatest possible score within each node's bounds."""
-    query, zeros = groups.mean, torch.zeros_like(groups.mean)
-    rows = torch.cat([torch.cat([query, zeros, zeros], -1), torch.cat([zeros, query.clamp(min=0), query.clamp(max=0)], -1)], 3)
-    mean, box = _products(problem, rows, nodes_of.statistics, nodes).chunk(2, 3)
-    return _scored(problem, mean, groups, nodes), _scored(problem, box, groups, nodes)
-
-
-def by_mean(problem: Problem, nodes_of: Level, groups: Groups, nodes: Nodes) -> tuple[Scores]:
+def by_mean(problem: Problem, nodes_of: Level, groups: Groups, nodes: Nodes) -> Tensor:
     """Each group's score on each node's mean key (Stream, section 3)."""
-    return (by_mean_and_box(problem, nodes_of, groups, nodes)[0],)
+    return _scored(problem, _products(problem, groups.mean, nodes_of.mean, nodes), groups, nodes)
 
 
-def by_box(problem: Problem, nodes_of: Level, groups: Groups, nodes: Nodes) -> tuple[Scores]:
+def by_box(problem: Problem, nodes_of: Level, groups: Groups, nodes: Nodes) -> Tensor:
     """Each group's greatest possible score within each node's bounds (Quest, arXiv:2406.10774)."""
-    return (by_mean_and_box(problem, nodes_of, groups, nodes)[1],)
+    signed = torch.cat([groups.mean.clamp(min=0), groups.mean.clamp(max=0)], -1)
+    return _scored(problem, _products(problem, signed, nodes_of.bounds, nodes), groups, nodes)
 
 
-def by_centre(problem: Problem, nodes_of: Level, groups: Groups, nodes: Nodes) -> tuple[Scores]:
+def by_centre(problem: Problem, nodes_of: Level, groups: Groups, nodes: Nodes) -> Tensor:
     """Each group's score on the key in the middle of each node (HiP, arXiv:2406.09827)."""
     size = problem.block_k << nodes.level
     centre = torch.minimum(nodes.ids * size + size // 2, problem.last_key[:, None] - 1)
     keys = problem.select(problem.keys.flatten(2, 3), centre)
-    return (_scored(problem, groups.mean @ keys.transpose(-1, -2), groups, nodes),)
+    return _scored(problem, groups.mean @ keys.transpose(-1, -2), groups, nodes)
 
 
-def _products(problem: Problem, rows: Tensor, statistics: Tensor, nodes: Nodes) -> Tensor:
-    """`rows` `[batch, head_index, q_block, row, n]` times the statistics of the nodes."""
+def _products(problem: Problem, rows: Tensor, of_nodes: Tensor, nodes: Nodes) -> Tensor:
+    """`rows` `[batch, head_index, q_block, row, n]` times what is known of the nodes, `[batch, kv_head_index, node, n]`."""
     if not nodes.every:
-        return rows @ problem.select(statistics, nodes.ids).transpose(-1, -2)
-    of_head = statistics.repeat_interleave(rows.shape[1] // statistics.shape[1], 1)
+        return rows @ problem.select(of_nodes, nodes.ids).transpose(-1, -2)
+    of_head = of_nodes.repeat_interleave(rows.shape[1] // of_nodes.shape[1], 1)
     return (rows.flatten(2, 3) @ of_head.transpose(-1, -2)).unflatten(2, rows.shape[2:4])
 
 

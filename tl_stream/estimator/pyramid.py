@@ -14,12 +14,13 @@ class Level(NamedTuple):
     """One level: node i of level l covers the key blocks `i * 2^l <= block < (i + 1) * 2^l`.
 
     Attributes:
-        statistics: Mean, elementwise greatest and elementwise least of the valid keys of each node, one after the other,
-            `[batch, kv_head_index, node, 3 * d_head]`; 0 where a node has none.
+        mean: Mean of the valid keys of each node, `[batch, kv_head_index, node, d_head]`; 0 where a node has none.
+        bounds: The elementwise greatest of them, then the elementwise least, `[batch, kv_head_index, node, 2 * d_head]`.
         n_keys: Number of valid keys, `[batch, node]`.
     """
 
-    statistics: Float[Tensor, "batch kv_head_index node three_d_head"]
+    mean: Float[Tensor, "batch kv_head_index node d_head"]
+    bounds: Float[Tensor, "batch kv_head_index node two_d_head"]
     n_keys: Int[Tensor, "batch node"]
 
 
@@ -50,7 +51,7 @@ def build_pyramid(
     while True:
         empty = (count == 0)[:, None, :, None]
         mean = total / count.clamp(min=1)[:, None, :, None]
-        levels.append(Level(torch.cat([mean, high, low], -1).masked_fill(empty, 0), count))
+        levels.append(Level(mean, torch.cat([high, low], -1).masked_fill(empty, 0), count))
         if total.shape[2] == 1:
             return levels
         total, count = total.unflatten(2, (-1, 2)).sum(3), count.unflatten(1, (-1, 2)).sum(2)
