@@ -25,7 +25,7 @@ MATCHES = (2, 7)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokens", nargs="?", type=int, default=4096)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # what is not monotone is counted
     model: Any = tl_stream.models.load()
