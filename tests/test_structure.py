@@ -9,7 +9,7 @@ import tl_stream
 
 ORDER = [
     "budget", "config", "masking", "score_mod", "layout", "estimator", "attention", "tensors", "hosts", "cache", "tracing",
-    "tasks", "viz", "models", "demo", "cli",
+    "fidelity", "tasks", "viz", "models", "demo", "cli",
 ]  # fmt: skip
 ROOT = Path(tl_stream.__file__).parent
 

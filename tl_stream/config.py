@@ -44,9 +44,9 @@ class StreamConfig:
         decode: What a step of generation (one query, earlier keys in a KV cache) reads: `"sparse"`, the `k` key blocks
             estimated for it, or `"exact"`, everything.
         forward: What the model computes: `"sparse"`, attention over the kept blocks alone, or `"exact"`, full attention
-            (streamed: linear memory, quadratic time), where the kept blocks are what is recorded, with their true probabilities.
-            What is said above of kept and dropped is then said of recorded and not recorded: `dense_layers` and
-            `decode="exact"` record everything.
+            (streamed: linear memory, quadratic time), of which the kept blocks are a record, with their true probabilities.
+            What this says of kept and dropped then means recorded and not recorded; `dense_layers` and `decode="exact"`
+            record everything.
         backend: `"gather"` (plain torch, linear memory) or `"reference"` (dense mask; for checking, small inputs only).
         max_dense: Largest number of entries that an operation unknown to the sparse tensors may make dense on its own.
             0 switches that off: such an operation then always raises.

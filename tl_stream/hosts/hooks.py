@@ -26,8 +26,8 @@ def watch_gradient(tensor: Tensor, hook: Any) -> Tensor:
     return tensor
 
 
-def complete(before: Tensor, after: Any, hook: HookPoint) -> Any:
-    """What a hook point hands to the model under `forward="exact"`: the record, edited by hooks or not, and what lies outside it.
+def complete(before: Tensor, after: Any, hook: Any) -> Any:
+    """What a hook point hands to the model under `forward="exact"`: the record, as hooks left it, and what lies outside it.
 
     Args:
         before: What entered the hook point: `AttentionScores` or a sparse pattern.
@@ -41,9 +41,9 @@ def complete(before: Tensor, after: Any, hook: HookPoint) -> Any:
         return after
     if not isinstance(after, BlockSparseTensor):
         raise NotImplementedError(
-            f"A hook on {hook.name} returned a {type(after).__name__}; under forward='exact' expected the sparse tensor that it "
-            "was given, edited: an ordinary one says nothing of what was not recorded. Edit it in place (x[...] = value), or use "
-            "forward='sparse'."
+            f"A hook on {hook.name} returned a {type(after).__name__}; under forward='exact' expected the sparse tensor that "
+            "it was given, edited: an ordinary one says nothing of what was not recorded. Edit it in place (x[...] = value), "
+            "or use forward='sparse'."
         )
     data = after._data.fork()
     data.is_complete = True
@@ -54,12 +54,12 @@ def complete(before: Tensor, after: Any, hook: HookPoint) -> Any:
     return type(after)(data, after._view, after.dtype, after._detached)
 
 
-def _rest_of(before: AttentionScores | BlockSparseTensor, hook: HookPoint) -> Rest:
+def _rest_of(before: AttentionScores | BlockSparseTensor, hook: Any) -> Rest:
     rest = before.find_rest() if isinstance(before, AttentionScores) else before._data.find_rest()
     if rest is None:
         raise NotImplementedError(
-            f"The model itself changed its pattern on the way to {hook.name}, so that what was not recorded is not known there; "
-            "use forward='sparse'."
+            f"The model itself changed its pattern on the way to {hook.name}, so that what was not recorded is not known "
+            "there; use forward='sparse'."
         )
     return rest
 

@@ -150,6 +150,8 @@ class BlockSparseTensor(SparseTensor):
         data, device = self._data, self._data.layout.device
         if View.whole(data.layout.shape).axes[:2] == self._view.axes[:2]:
             return data
+        if data.is_complete:
+            raise NotImplementedError("The model takes its attention apart by head or text; it can't run with forward='exact'.")
         return data.select(self._view.texts(device), self._view.heads(device))
 
     def _narrow_layout(self) -> BlockLayout:

@@ -124,8 +124,8 @@ class BlockData:
         if self.hides_entries and self.layout.n_slots and bool((layout.rows()[1] & ~self._have(layout)).any()):
             raise ValueError(
                 f"This tensor was computed from the recorded blocks of layer {self.origin.layer}; with forward='exact' its "
-                "values on further ones are not known. Record the same blocks in both runs (layout_from=cache), or write to the "
-                "pattern or the scores themselves before computing with them."
+                "values on further ones are not known. Record the same blocks in both runs (layout_from=cache), or write to "
+                "the pattern or the scores themselves before computing with them."
             )
         return relayout(self.block_values(), self.layout, layout, self.fill)
 

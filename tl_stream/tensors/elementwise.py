@@ -31,6 +31,11 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     """`func` entry by entry; NotImplemented where the result is not one value everywhere outside the kept blocks."""
     sparse = [x for x in (*args, *kwargs.values()) if isinstance(x, BlockSparseTensor)]
     leader = next((x for x in sparse if x.dtype.is_floating_point), sparse[0])
+    if any(x._data.is_complete for x in sparse):
+        raise NotImplementedError(
+            f"{name}: the model does this between its hook points and the next step of its attention, where it would not reach "
+            "what was not recorded; it can't run with forward='exact'."
+        )
     if name.endswith("_like"):
         return _constant(leader, func, args, kwargs)
     if name == "isnan" and _never_nan(leader):

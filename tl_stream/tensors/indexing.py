@@ -166,8 +166,8 @@ def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor)
         write_rows(tensor, view, value)
     elif value._data.hides_entries:
         raise ValueError(
-            "With forward='exact' a part of a recorded tensor can be written only to the same rows of one in blocks of the same "
-            "size. Trace both with the same block_q and block_k."
+            "With forward='exact' a part of a recorded tensor can be written only to the same rows of one in blocks of the "
+            "same size. Trace both with the same block_q and block_k."
         )
     elif value.numel() <= MAX_WINDOW:
         write_picked(tensor, lambda grid: grid[key], value.to_dense(), extend=value.fill == tensor.fill)

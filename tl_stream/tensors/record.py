@@ -37,8 +37,8 @@ def not_recorded(data: BlockData, number: int) -> ValueError:
     """The error for values whose place was not recorded."""
     return ValueError(
         f"{number:,} of the entries written to were not recorded in layer {data.origin.layer}; with forward='exact' the model "
-        "reads them, but a tensor read from here showed them as "
-        f"{data.fill}. Write a single number, or record them: raise k, take layout_from=cache, or put the layer into dense_layers."
+        f"reads them, but what is read from here shows them as {data.fill}. Write a single number, or record them: raise k, "
+        "take layout_from=cache, or put the layer into dense_layers."
     )
 
 

@@ -66,8 +66,8 @@ def _source(value: BlockSparseTensor, view: View, target: BlockLayout) -> tuple[
 def _common(layout: BlockLayout, target: BlockLayout, same_rows: bool) -> BlockLayout:
     if layout.shape != target.shape or not same_rows:
         raise ValueError(
-            f"A recorded tensor of (batch, head_index, query_pos, key_pos) = {layout.shape} can't be written to another place or "
-            f"size, {target.shape}, with forward='exact': expected the same rows of as many texts and heads."
+            f"A recorded tensor of (batch, head_index, query_pos, key_pos) = {layout.shape} can't be written to another place "
+            f"or size, {target.shape}, with forward='exact': expected the same rows of as many texts and heads."
         )
     return layout if layout.kv_indices is target.kv_indices else layout.union(target)
 

@@ -1,0 +1,226 @@
+"""`find_budget`: the smallest k that still does what the dense model does, every budget that was tried, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from allocations import LargestTensor
+from rich.console import Console
+from torch import Tensor
+
+import tl_stream
+from tl_stream import StreamConfig
+from tl_stream.fidelity import find_budget
+from tl_stream.fidelity.criteria import METRICS
+
+CONFIG = StreamConfig(block_q=16, block_k=16, max_dense=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tl_stream.models.load()
+
+
+def needle(model: Any, length: int = 512, seed: int = 0) -> Tensor:
+    return model.to_tokens(tl_stream.tasks.niah_single_1(model.tokenizer, length, depth=0.4, seed=seed).prompt)
+
+
+def generated(model: Any, prompt: Tensor, n: int) -> tuple[int, ...]:
+    output = model.generate(prompt, max_new_tokens=n, do_sample=False, stop_at_eos=False, verbose=False)
+    return tuple(output[0, prompt.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("match", [1, 2, 7])
+@torch.no_grad()
+def test_the_smallest_k_that_generates_the_dense_models_tokens(model: Any, match: int) -> None:
+    prompt = needle(model)
+    result = find_budget(model, prompt, match, config=CONFIG, progress=False)
+    dense = generated(model, prompt, match)
+    assert result.dense_tokens == (dense,)
+    assert result.best is not None
+    assert result.config == replace(CONFIG, k=result.best.k)
+    for each in result.evaluations:
+        with tl_stream.sparse(model, replace(CONFIG, k=each.k)):
+            assert each.tokens == (generated(model, prompt, match),)
+        assert each.matched == (each.tokens == (dense,))
+        _, cache = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=each.k))
+        assert each.pruned == pytest.approx(cache.pruned)
+    tried = [each.k for each in result.evaluations]
+    neighbours = {k for k in (result.best.k - 1, result.best.k + 1) if 1 <= k <= 33}
+    assert tried == sorted(set(tried))
+    assert neighbours <= set(tried)
+
+
+@torch.no_grad()
+def test_four_thousand_tokens_need_one_in_twenty(model: Any) -> None:
+    """What the paper reports for needles up to 20k tokens is 90 to 96 %."""
+    prompt = needle(model, 4096)
+    result = find_budget(model, prompt, config=StreamConfig(block_q=32, block_k=32), progress=False)
+    assert result.best is not None
+    assert result.best.pruned >= 0.95
+    assert result.best.tokens == (generated(model, prompt, 2),)
+
+
+@torch.no_grad()
+def test_a_text_of_a_batch_less_needs_no_more(model: Any) -> None:
+    first, second = needle(model), needle(model, seed=1)
+    both = find_budget(model, torch.cat([first, second]), config=CONFIG, progress=False)
+    alone = find_budget(model, first, config=CONFIG, progress=False)
+    assert both.best is not None
+    assert alone.best is not None
+    assert len(both.best.tokens or ()) == 2
+    assert both.best.k >= alone.best.k
+
+
+@torch.no_grad()
+def test_metrics(model: Any) -> None:
+    prompt = needle(model)
+    dense = model(prompt)[:, -1:]
+    for name, threshold in (("kl", 0.05), ("logit_difference", 2.0)):
+        result = find_budget(model, prompt, metric=name, threshold=threshold, config=CONFIG, progress=False)
+        assert result.best is not None
+        for each in result.evaluations:
+            logits, _ = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=each.k), logits_to_keep=1)
+            assert each.value == pytest.approx(METRICS[name](logits, dense), abs=1e-4)
+            assert each.value is not None
+            assert each.matched == (each.value <= threshold)
+            assert each.tokens is None
+
+
+def test_metrics_by_hand() -> None:
+    dense, sparse = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
+    log_q = sparse.double().log_softmax(-1)
+    expected = (-torch.tensor(2.0).log() - log_q.mean()).item()  # p is uniform
+    assert METRICS["kl"](sparse, dense) == pytest.approx(expected)
+    assert METRICS["logit_difference"](torch.tensor([[[1.0, 4.0, 9.0]]]), torch.tensor([[[3.0, 2.0, 0.0]]])) == pytest.approx(
+        4.0
+    )
+
+
+class Scripted:
+    """Budgets that meet the criterion are listed; nothing is computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *good: int) -> None:
+        from tl_stream.fidelity import budget_search
+        from tl_stream.fidelity.budget_result import Evaluation
+
+        self.tried: list[int] = []
+        script = self
+
+        class Criterion:
+            description, dense_tokens = "scripted", None
+
+            def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
+                assert config.k == k
+                script.tried.append(k)
+                return Evaluation(k, 1 - k / 100, k in good, value=float(k))
+
+        monkeypatch.setattr(budget_search, "_criterion", lambda *args: Criterion())
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 100), (1, 37), (5, 64), (37, 37)])
+@pytest.mark.parametrize("least", [1, 2, 3, 5, 16, 17, 31, 37])
+def test_bisection(model: Any, monkeypatch: pytest.MonkeyPatch, least: int, low: int, high: int) -> None:
+    script = Scripted(monkeypatch, *range(least, 101))
+    result = find_budget(model, torch.zeros(1, 4, dtype=torch.long), low=low, high=high, progress=False)
+    assert result.best is not None
+    assert result.best.k == max(least, low)
+    assert result.is_monotone
+    assert len(script.tried) == len(set(script.tried)) <= 2 * high.bit_length() + 2
+
+
+def test_what_is_not_monotone_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Scripted(monkeypatch, 4, 6, 7, 8)
+    with pytest.warns(UserWarning, match=r"k = 4 meets the criterion \(scripted\), but larger ones fail: \[5\]"):
+        result = find_budget(model, torch.zeros(4, dtype=torch.long), high=64, progress=False)
+    assert not result.is_monotone
+    assert result.best is not None
+    assert result.best.k == 4
+    assert "not monotone" in str(result.table().caption)
+
+
+def test_nothing_found(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Scripted(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = find_budget(model, torch.zeros(1, 4, dtype=torch.long), high=6, progress=False)
+    assert result.config is None
+    assert result.best is None
+    assert [each.k for each in result.evaluations] == [1, 2, 4, 6]
+    assert json.loads(json.dumps(result.to_dict()))["k"] is None
+
+
+@torch.no_grad()
+def test_vary_and_text(model: Any) -> None:
+    text = tl_stream.tasks.niah_single_1(model.tokenizer, 512, depth=0.4, seed=0).prompt
+    beams = (1, 2, 4)
+    result = find_budget(model, text, low=1, high=3, vary=lambda i: replace(CONFIG, k=2 * i, beam=beams[i - 1]), progress=False)
+    assert result.config in [replace(CONFIG, k=2 * i, beam=beams[i - 1]) for i in (1, 2, 3)]
+
+
+@torch.no_grad()
+def test_a_k_that_covers_every_block_always_matches(model: Any) -> None:
+    result = find_budget(model, needle(model, 300), 3, config=CONFIG, low=19, progress=False)
+    assert [(each.k, each.pruned, each.matched) for each in result.evaluations] == [(19, 0.0, True)]
+
+
+@torch.no_grad()
+def test_printed_and_stored(model: Any) -> None:
+    result = find_budget(model, needle(model), config=CONFIG, progress=False)
+    console = Console(record=True, width=100)
+    console.print(result)
+    shown = " ".join(console.export_text().split())
+    assert "the next 2 tokens are the dense model's" in shown
+    assert f"smallest that met it: {result.best.k}" in shown if result.best else False
+    stored = json.loads(json.dumps(result.to_dict()))
+    assert stored["k"] == stored["config"]["k"]
+    assert len(stored["evaluations"]) == len(result.evaluations)
+
+
+def test_progress_is_shown(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    find_budget(model, needle(model), config=CONFIG)
+    assert "find_budget" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_no_tensor_is_of_t_by_t_elements(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_stream.attention.chunks.CHUNK_ENTRIES", 2**17)
+    monkeypatch.setattr("tl_stream.estimator.problem.CHUNK_ENTRIES", 2**17)
+    prompt = needle(model, 2048)
+    with LargestTensor() as watch:
+        find_budget(model, prompt, config=CONFIG, progress=False)
+    assert watch.numel < 2048 * 2048 / 2
+
+
+def nothing(sparse_logits: Tensor, dense_logits: Tensor) -> float:
+    return float("nan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"low": 5, "high": 4}, ValueError, "low was 5 and high 4; expected 1 <= low <= high"),
+        ({"low": 0}, ValueError, "low was 0 and high"),
+        ({"match": 0}, ValueError, "match was 0; expected at least 1"),
+        ({"match": True}, TypeError, "match was True; expected an int"),
+        ({"match": 20_000}, ValueError, "match was 20000 after 80 tokens, more than the model's n_ctx"),
+        ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, ValueError, "expected at least one token"),
+        ({"tokens": torch.zeros(1, 4)}, TypeError, "tokens was of shape"),
+        ({"tokens": [1, 2]}, TypeError, "tokens was list; expected integers"),
+        ({"metric": "kld", "threshold": 1.0}, ValueError, "metric was 'kld'; expected one of 'kl', 'logit_difference'"),
+        ({"metric": 3, "threshold": 1.0}, TypeError, "metric was a int"),
+        ({"metric": "kl"}, ValueError, "threshold was None with a metric"),
+        ({"metric": nothing, "threshold": 1.0}, ValueError, "metric nothing gave NaN at k = 1"),
+    ],
+    ids=str,
+)
+def test_errors(model: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    with pytest.raises(error, match=message):
+        find_budget(model, **{"tokens": needle(model, 80), "progress": False, "config": CONFIG, **arguments})
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before

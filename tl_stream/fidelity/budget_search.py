@@ -1,0 +1,169 @@
+"""The smallest budget with which the sparse model still does what the dense one does.
+
+Stream takes the smallest k with which greedy generation gives the dense model's next two tokens (Rosser et al. 2025,
+arXiv:2510.19875, section 3). Here:
+
+1. The dense model runs once, streamed with a full layout: no T x T tensor.
+2. k doubles from the smallest until the criterion is met: O(log k) runs.
+3. Bisection between the last k that failed and the first that met it: O(log k) runs.
+4. The neighbours of what was found are tried, too. The criterion need not be monotone: more blocks can also mislead. What
+   was found is then the smallest of those tried, and the result says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_stream.config import StreamConfig
+from tl_stream.fidelity.budget_result import BudgetSearch, Evaluation
+from tl_stream.fidelity.criteria import METRICS, Criterion, Metric, SameTokens, SmallMetric
+from tl_stream.hosts.hooks import to_all_tokens
+
+Vary = Callable[[int], StreamConfig]
+
+
+@torch.no_grad()
+def find_budget(
+    model: Any,
+    tokens: Any,
+    match: int = 2,
+    *,
+    metric: str | Metric | None = None,
+    threshold: float | None = None,
+    config: StreamConfig | None = None,
+    low: int | None = None,
+    high: int | None = None,
+    vary: Vary | None = None,
+    progress: bool = True,
+) -> BudgetSearch:
+    """The smallest k with which the sparse model does what the dense one does, on one prompt.
+
+    Args:
+        model: A causal HookedTransformer or TransformerBridge.
+        tokens: The prompt: `[batch, pos]` or `[pos]`, or text. All texts of a batch have to meet the criterion.
+        match: How many tokens of greedy generation have to be the dense model's. (Not used with a `metric`.)
+        metric: Instead: `"kl"`, `"logit_difference"` or a function of the sparse and the dense model's logits at the last
+            position, `[batch, 1, d_vocab]`; smaller is better.
+        threshold: The largest value of the metric that will do.
+        config: Everything but k; None: the defaults. Steps of generation are sparse as it says.
+        low: The smallest k to try; None: the smallest that `config` allows.
+        high: The largest k to try; None: the number of key blocks, which is the dense model.
+        vary: The config for a budget, where that is not `replace(config, k=k)`: any function of one integer, with more kept for
+            larger ones (for a grid of other numbers, of their index).
+        progress: Show a progress bar.
+
+    Returns:
+        The config found, and all that was tried. At most about `2 log2(high)` runs of the model.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: No tokens, a `match` below 1 or beyond n_ctx, an empty range, a metric without a threshold, an unknown
+            metric or one that gives NaN.
+
+    Warns:
+        UserWarning: A larger budget failed than the one found.
+    """
+    config = StreamConfig() if config is None else config
+    prompt = _prompt(model, tokens)
+    _check_match(match, prompt, model.cfg.n_ctx)
+    steps = 0 if metric is not None else match - 1
+    low = max(1, config.keep_local + config.keep_sink) if low is None else low
+    high = -(-(prompt.shape[1] + steps) // config.block_k) if high is None else high
+    if not 1 <= low <= high:
+        raise ValueError(f"low was {low} and high {high}; expected 1 <= low <= high, a range with a budget in it.")
+    dense = replace(config, dense_layers=model.cfg.n_layers, layout_from=None, forward="sparse", decode="exact")
+    criterion = _criterion(model, prompt, match, metric, threshold, dense)
+    vary = vary or (lambda k: replace(config, k=k))
+    with tqdm(desc="find_budget", disable=not progress, unit="run") as bar:
+        tried = _Tried(criterion, vary, bar)
+        _search(tried, low, high)
+    evaluations = tuple(tried.evaluations[k] for k in sorted(tried.evaluations))
+    best = next((each.k for each in evaluations if each.matched), None)
+    result = BudgetSearch(None if best is None else vary(best), evaluations, criterion.description, criterion.dense_tokens)
+    if not result.is_monotone:
+        failed = [each.k for each in evaluations if not each.matched and best is not None and each.k > best]
+        warnings.warn(
+            f"k = {best} meets the criterion ({criterion.description}), but larger ones fail: {failed}. It is not monotone "
+            "here; treat the budget as specific to this prompt, or ask for a longer match.",
+            stacklevel=3,  # torch.no_grad adds a frame
+        )
+    return result
+
+
+class _Tried:
+    """Evaluates each budget once."""
+
+    def __init__(self, criterion: Criterion, vary: Vary, bar: Any) -> None:
+        self.criterion, self.vary, self.bar = criterion, vary, bar
+        self.evaluations: dict[int, Evaluation] = {}
+
+    def matches(self, k: int) -> bool:
+        """Whether a budget meets the criterion."""
+        if k not in self.evaluations:
+            self.bar.set_postfix(k=k)
+            self.evaluations[k] = self.criterion.evaluate(k, self.vary(k))
+            self.bar.update()
+        return self.evaluations[k].matched
+
+
+def _search(tried: _Tried, low: int, high: int) -> None:
+    """Double, bisect, and try the neighbours."""
+    failed, k = low - 1, low
+    while not tried.matches(k):
+        if k == high:
+            return
+        failed, k = k, min(2 * k, high)
+    while k - failed > 1:
+        middle = (failed + k) // 2
+        failed, k = (failed, middle) if tried.matches(middle) else (middle, k)
+    for neighbour in (k - 1, k + 1):
+        if low <= neighbour <= high:
+            tried.matches(neighbour)
+
+
+def _criterion(
+    model: Any, prompt: Tensor, match: int, metric: str | Metric | None, threshold: float | None, dense: StreamConfig
+) -> Criterion:
+    if metric is None:
+        return SameTokens(model, prompt, match, dense)
+    if isinstance(metric, str) and metric not in METRICS:
+        raise ValueError(f"metric was {metric!r}; expected one of {', '.join(map(repr, METRICS))}, or a function.")
+    if not isinstance(metric, str) and not callable(metric):
+        raise TypeError(f"metric was a {type(metric).__name__}; expected a name, or a function of sparse and dense logits.")
+    if threshold is None or threshold != threshold:
+        raise ValueError(f"threshold was {threshold} with a metric; expected the largest value that will do.")
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+    function = METRICS[metric] if isinstance(metric, str) else metric
+    return SmallMetric(model, prompt, function, name, threshold, dense)
+
+
+def _prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
+    if isinstance(tokens, str):
+        tokens = to_all_tokens(model, tokens)
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dim() not in (1, 2):
+        found = f"of shape {tuple(tokens.shape)} and {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens was {found}; expected integers [batch, pos] or [pos], or text.")
+    prompt = tokens if tokens.dim() == 2 else tokens[None]
+    if not prompt.numel():
+        raise ValueError(f"tokens were of shape {tuple(tokens.shape)}; expected at least one token.")
+    return prompt
+
+
+def _check_match(match: Any, prompt: Tensor, n_ctx: int) -> None:
+    if isinstance(match, bool) or not isinstance(match, int):
+        raise TypeError(f"match was {match!r}; expected an int >= 1.")
+    if match < 1:
+        raise ValueError(f"match was {match}; expected at least 1 token to compare.")
+    if prompt.shape[1] + match > n_ctx:
+        raise ValueError(
+            f"match was {match} after {prompt.shape[1]} tokens, more than the model's n_ctx of {n_ctx}; expected at most "
+            f"{max(n_ctx - prompt.shape[1], 0)}."
+        )

@@ -1,0 +1,123 @@
+"""When a sparse model counts as faithful to the dense one on a text: it generates the same tokens, or a metric is small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_stream.config import StreamConfig
+from tl_stream.fidelity.budget_result import Evaluation, Tokens
+from tl_stream.tensors import BlockSparsePattern
+from tl_stream.tracing import sparse
+
+Logits = Float[Tensor, "batch pos d_vocab"]
+Metric = Callable[[Logits, Logits], Any]
+
+
+def kl(sparse_logits: Logits, dense_logits: Logits) -> float:
+    """Mean KL divergence of the sparse model's next-token distribution from the dense model's, in nats."""
+    p, q = (logits.double().log_softmax(-1) for logits in (dense_logits, sparse_logits))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def logit_difference(sparse_logits: Logits, dense_logits: Logits) -> float:
+    """Mean change of the logit difference between the dense model's two best next tokens."""
+    best = dense_logits.topk(2, -1).indices
+    dense, found = (-logits.gather(-1, best).diff(dim=-1) for logits in (dense_logits, sparse_logits))
+    return (found - dense).abs().mean().item()
+
+
+METRICS: dict[str, Metric] = {"kl": kl, "logit_difference": logit_difference}
+
+
+class Criterion(Protocol):
+    """What a budget has to meet. The dense model's part is computed once."""
+
+    @property
+    def description(self) -> str:
+        """What has to be met, in words."""
+
+    @property
+    def dense_tokens(self) -> Tokens | None:
+        """What the dense model generates, where that is compared."""
+
+    def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
+        """Run the sparse model once."""
+
+
+class SameTokens:
+    """The next tokens of greedy generation are the dense model's (Rosser et al. 2025, arXiv:2510.19875, section 3)."""
+
+    def __init__(self, model: Any, prompt: Int[Tensor, "batch pos"], n: int, dense: StreamConfig) -> None:
+        self.model, self.prompt, self.n = model, prompt, n
+        self.description = f"the next {n} tokens are the dense model's"
+        self.dense_tokens: Tokens | None = self._generate(dense)[0]
+
+    def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
+        """Generate with one budget."""
+        tokens, pruned = self._generate(config)
+        return Evaluation(k, pruned, tokens == self.dense_tokens, tokens=tokens)
+
+    def _generate(self, config: StreamConfig) -> tuple[Tokens, float]:
+        pairs = _Pairs()
+        with sparse(self.model, config), pairs.counted(self.model):
+            output = self.model.generate(self.prompt, max_new_tokens=self.n, do_sample=False, stop_at_eos=False, verbose=False)
+        return tuple(tuple(row) for row in output[:, self.prompt.shape[1] :].tolist()), pairs.pruned
+
+
+class SmallMetric:
+    """A metric of the last logits is at most a threshold."""
+
+    dense_tokens: Tokens | None = None
+
+    def __init__(
+        self, model: Any, prompt: Int[Tensor, "batch pos"], metric: Metric, name: str, threshold: float, dense: StreamConfig
+    ) -> None:
+        self.model, self.prompt, self.metric, self.name, self.threshold = model, prompt, metric, name, threshold
+        self.description = f"{name} <= {threshold:g}"
+        self.dense, _ = self._logits(dense)
+
+    def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
+        """Compute the metric for one budget.
+
+        Raises:
+            ValueError: The metric gave NaN.
+        """
+        logits, pruned = self._logits(config)
+        value = float(self.metric(logits, self.dense))
+        if math.isnan(value):
+            raise ValueError(f"metric {self.name} gave NaN at k = {k}; expected a number. Look for NaN or inf in the logits.")
+        return Evaluation(k, pruned, value <= self.threshold, value=value)
+
+    def _logits(self, config: StreamConfig) -> tuple[Logits, float]:
+        pairs = _Pairs()
+        with sparse(self.model, config, logits_to_keep=1), pairs.counted(self.model):
+            return self.model(self.prompt), pairs.pruned
+
+
+@dataclass
+class _Pairs:
+    """Counts the prompt's kept and allowed token pairs, once a layer: later passes are steps of generation."""
+
+    kept: int = 0
+    allowed: int = 0
+
+    def counted(self, model: Any) -> Any:
+        seen: set[str] = set()
+
+        def note(pattern: Tensor, hook: Any) -> None:
+            if isinstance(pattern, BlockSparsePattern) and hook.name not in seen:
+                seen.add(hook.name)
+                self.kept += pattern.block_layout.n_kept_pairs
+                self.allowed += pattern.block_layout.n_pairs
+
+        return model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), note)])
+
+    @property
+    def pruned(self) -> float:
+        return 1.0 - self.kept / self.allowed if self.allowed else 0.0
