@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_stream.config import StreamConfig
@@ -60,15 +60,31 @@ def estimate_layout(
     limits = Limits(problem, [config.budget.of_head(layer, head) for head in range(q.shape[1])])
     if limits.all:
         return full
-    estimate, candidates = _estimator(problem, config, limits.most)
-    chunks = []
-    for start, stop in problem.runs(candidates * 3 * q.shape[-1]):
-        part, query_pos = problem.slice(start, stop), full.query_positions(start, stop)
-        chunks.append(keep_most(part, *_checked(part, *estimate(part, query_pos)), limits, slice(start, stop), config))
+    chunks = [keep_most(*run, limits, config) for run in block_shares(problem, config, limits.most)]
     indices, number = (torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
     if config.budget.needs_shares:  # then most rows may have fewer blocks than allowed
         indices = indices[..., : max(int(number.max()), 1)]
     return BlockLayout(indices, number, mask, block_q, block_k, q.shape[0], q.shape[1])
+
+
+def block_shares(
+    problem: Problem, config: StreamConfig, most: int
+) -> Iterator[tuple[Problem, slice, Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "..."]]]:
+    """Candidate key blocks and the share of attention that the configured estimator reckons each to hold, run by run.
+
+    Args:
+        problem: All queries and keys.
+        config: The estimator.
+        most: How many blocks a row are wanted, at most.
+
+    Yields:
+        The problem for a run of query blocks, which ones these are, candidates, and shares; negative where one doesn't count.
+    """
+    estimate, candidates = _estimator(problem, config, most)
+    positions = torch.arange(problem.shape[2] * problem.block_q, device=problem.keys.device).view(-1, problem.block_q)
+    for start, stop in problem.runs(candidates * 3 * problem.keys.shape[-1]):
+        part = problem.slice(start, stop)
+        yield part, slice(start, stop), *_checked(part, *estimate(part, positions[start:stop]))
 
 
 def _estimator(problem: Problem, config: StreamConfig, most: int) -> tuple[Estimator, int]:

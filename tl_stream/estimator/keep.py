@@ -37,16 +37,16 @@ class Limits:
 
 
 def keep_most(
-    problem: Problem, blocks: Tensor, masses: Tensor, limits: Limits, rows: slice, config: StreamConfig
+    problem: Problem, rows: slice, blocks: Tensor, masses: Tensor, limits: Limits, config: StreamConfig
 ) -> tuple[Int[Tensor, "batch head_index q_block slot"], Int[Tensor, "batch head_index q_block"]]:
     """The candidate blocks of greatest mass within the limits, sorted by position, and how many of them count.
 
     Args:
-        problem: The query blocks `rows`.
+        problem: Some query blocks.
+        rows: Which ones these are.
         blocks: Candidates, `[batch, head_index, q_block, candidate]`.
         masses: Share of attention of each; negative where it doesn't count.
         limits: For all query blocks.
-        rows: Which query blocks these are.
         config: Which blocks are kept in any case.
     """
     forced = _forced(problem, blocks, masses, config)
