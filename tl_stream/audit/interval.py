@@ -40,6 +40,8 @@ def mean_interval(
         ValueError: More draws than numbers, numbers outside [0, 1], or a confidence outside (0, 1).
     """
     _check(draws, population, confidence)
+    if not population:
+        return draws.new_zeros(draws.shape[:-1]), draws.new_ones(draws.shape[:-1])
     x = draws.double().clamp(0.0, 1.0)
     n, total = x.shape[-1], x.sum(-1)
     # What is certain: the draws themselves, and that every other number lies in [0, 1].
