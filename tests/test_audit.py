@@ -149,7 +149,7 @@ def test_intervals_shrink_and_grow() -> None:
     [
         (torch.rand(5), 4, 0.95, "population was 4, with 5 draws"),
         (torch.tensor([0.5, 1.5]), 9, 0.95, r"draws were in \[0.5, 1.5\]"),
-        (torch.rand(5), 9, 95, "confidence was 95; expected a probability"),
+        (torch.rand(5), 9, 95.0, "confidence was 95.0; expected a probability"),
     ],
 )
 def test_intervals_refuse(draws: Tensor, population: int, confidence: float, message: str) -> None:

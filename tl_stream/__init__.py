@@ -4,6 +4,7 @@ from tl_stream import models, tasks
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
+from tl_stream.fidelity import fidelity
 from tl_stream.hosts import Support, supports
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors import BlockSparsePattern, BlockSparseScores
@@ -18,6 +19,7 @@ __all__ = [
     "StreamConfig",
     "Support",
     "estimate_layout",
+    "fidelity",
     "models",
     "run_with_sparse_cache",
     "sparse",
