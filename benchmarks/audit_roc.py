@@ -2,13 +2,15 @@
 
     python benchmarks/audit_roc.py [--quick] [--json FILE] [--html FILE]
 
-The bundled model reads prompts of four tasks, half of them after three random tokens (a search over such prefixes is how answers
-of the sparse model are flipped on purpose), followed by the dense model's own greedy answer. Each text is traced with many small
-budgets, with Stream's choice of blocks and with two that don't look at the keys. An answer flipped where the most likely token differs
-from the dense model's at any of its rows. The audit, which sees the sparse run alone, gives each row the retained mass of its
-full softmax, mean over all layers and heads, and an answer the least of its rows. AUC is the probability that a flipped answer has less
-than one that stayed, ties counting half; "k alone" is how well the known number of kept keys does. The threshold is the one with
-the greatest (flips flagged - others flagged), Youden's J, on half of the seeds; its rates are those of the other half.
+The bundled model reads prompts of four tasks, half of them after three random tokens (a search over such prefixes is how
+answers of the sparse model are flipped on purpose), followed by the dense model's own greedy answer. Each text is traced with
+many small budgets, with Stream's choice of blocks and with two that don't look at the keys. An answer flipped where the most
+likely token differs from the dense model's at any of its rows.
+
+The audit, which sees the sparse run alone, gives each row the retained mass of its full softmax, mean over all layers and
+heads, and an answer the least of its rows. AUC is the probability that a flipped answer has less than one that stayed, ties
+counting half; "k alone" is how well the known number of kept keys does. The threshold is the one with the greatest (flips
+flagged - others flagged), Youden's J, on half of the seeds; its rates are those of the other half.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ SENTENCES = 100
 FIRST_SEED = 10_000
 CONFIGS = [
     StreamConfig(block_q=block, block_k=block, k=k, estimator=estimator, seed=0)
-    for estimator, blocks, budgets in (("dual", (8, 16, 32), (1, 2, 4, 8)), ("window", (32,), (4, 16)), ("random", (32,), (8, 16)))
+    for estimator, blocks, budgets in (
+        ("dual", (8, 16, 32), (1, 2, 4, 8)),
+        ("window", (32,), (4, 16)),
+        ("random", (32,), (8, 16)),
+    )
     for block in blocks
     for k in budgets
 ]
@@ -135,8 +141,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, str(part["answers"]), str(part["flips"]), *figures)
     Console().print(table)
     Console().print(
-        f"Threshold {result['threshold']:.3f}: on the other half of the seeds it flags {result['flagged_of_flipped']:.1%} of the "
-        f"flipped answers and {result['flagged_of_others']:.1%} of the others."
+        f"Threshold {result['threshold']:.3f}: on the other half of the seeds it flags {result['flagged_of_flipped']:.1%} of "
+        f"the flipped answers and {result['flagged_of_others']:.1%} of the others."
     )
 
 

@@ -131,9 +131,11 @@ def test_intervals_cover(name: str, draws: int) -> None:
 def test_intervals_of_everything_and_of_nothing() -> None:
     x = torch.rand(3, 20, dtype=torch.float64)
     low, high = mean_interval(x, 20)
-    assert torch.allclose(low, x.mean(-1)) and torch.allclose(high, x.mean(-1))
+    assert torch.allclose(low, x.mean(-1))
+    assert torch.allclose(high, x.mean(-1))
     low, high = mean_interval(x[:, :0], 20)
-    assert low.tolist() == [0, 0, 0] and high.tolist() == [1, 1, 1]
+    assert low.tolist() == [0, 0, 0]
+    assert high.tolist() == [1, 1, 1]
 
 
 def test_intervals_shrink_and_grow() -> None:
@@ -196,7 +198,9 @@ def test_rows_of_a_slice_count_as_shown() -> None:
 
 @torch.no_grad()
 def test_verdicts_give_reasons() -> None:
-    _, cache = build().run_with_sparse_cache(tokens(LENGTH), config=StreamConfig(block_q=8, block_k=8, k=1, beam=1, max_dense=0))
+    _, cache = build().run_with_sparse_cache(
+        tokens(LENGTH), config=StreamConfig(block_q=8, block_k=8, k=1, beam=1, max_dense=0)
+    )
     result = cache.audit(rows=2, sample=1000)
     for head in result.heads:
         low = min(head.retained) < HEAD_THRESHOLD

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import families
 import pytest
 import torch
+from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from zoo import NEEDS_HOOKED, build, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
-from tl_stream.fidelity import HeadFidelity
+from tl_stream.fidelity import HeadFidelity, report
 from tl_stream.fidelity.streamed import ENTRIES
 
 CONFIG = StreamConfig(block_q=8, block_k=8, k=2, beam=1, max_dense=0)
@@ -25,7 +26,7 @@ def expected_head(dense: Any, cache: Any, layer: int, head: int, rows: Tensor) -
     """A head's figures from dense tensors; loops, as the definitions say."""
     full, pruned = dense["pattern", layer][:, head], cache["pattern", layer].to_dense()[:, head]
     kept = cache.block_layout(layer).to_dense()[:, head]
-    retained = (full * kept).sum(-1)[:, rows]
+    retained = 1 - (full * ~kept).sum(-1)[:, rows]
     entry, block, top_kept, top_same = [], [], [], []
     for text in range(len(full)):
         for row in rows.tolist():
@@ -40,7 +41,8 @@ def expected_head(dense: Any, cache: Any, layer: int, head: int, rows: Tensor) -
             chosen = cache.block_layout(layer).to_block_dense()[text, head, first // 8]
             wanted = [i for i in order.tolist() if mass[i].sum() > 0][: int(chosen.sum())]
             block.append(sum(bool(chosen[i]) for i in wanted) / len(wanted))
-    z = [x["z", layer].flatten(2).unflatten(-1, (full_heads(dense, layer), -1))[:, rows, head] for x in (dense, cache)]
+    heads = dense["pattern", layer].shape[1]
+    z, z_pruned = (x["z", layer].flatten(2).unflatten(-1, (heads, -1))[:, rows, head] for x in (dense, cache))
     return {
         "retained_mean": float(retained.mean()),
         "retained_5th": float(torch.quantile(retained.double(), 0.05)),
@@ -49,13 +51,9 @@ def expected_head(dense: Any, cache: Any, layer: int, head: int, rows: Tensor) -
         "entry_recall": float(torch.stack(entry).mean()),
         "top_kept": sum(top_kept) / len(top_kept),
         "top_same": sum(top_same) / len(top_same),
-        "pattern_cosine": float(cosine_similarity(full, pruned, dim=-1)[:, rows].mean()),
-        "output_cosine": float(cosine_similarity(*z, dim=-1).mean()),
+        "pattern_cosine": float(cosine_similarity(full, pruned, dim=-1, eps=torch.finfo(full.dtype).tiny)[:, rows].mean()),
+        "output_cosine": float(cosine_similarity(z, z_pruned, dim=-1).mean()),
     }
-
-
-def full_heads(dense: Any, layer: int) -> int:
-    return dense["pattern", layer].shape[1]
 
 
 def check(model: Any, text: Tensor, tolerance: float, rows: int | None = None, **kwargs: Any) -> Any:
@@ -112,7 +110,7 @@ def test_the_output() -> None:
 @torch.no_grad()
 def test_logits_of_the_last_positions_where_all_would_be_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = build(), tokens(LENGTH)
-    monkeypatch.setattr("tl_stream.fidelity.report.MAX_LOGITS", 2 * model.cfg.d_vocab * 10)
+    monkeypatch.setattr(report, "MAX_LOGITS", 2 * model.cfg.d_vocab * 10)
     result = tl_stream.fidelity(model, text, CONFIG, new_tokens=0).output
     p, q = (x[:, -10:].log_softmax(-1) for x in (model(text), model.run_with_sparse_cache(text, config=CONFIG)[0]))
     assert result.positions == 10
@@ -148,7 +146,9 @@ def test_nothing_pruned_is_the_dense_model() -> None:
     assert result.output.next_n == result.output.top_1 == 1
     assert result.output.kl_greatest < 1e-9
     for head in result.heads:
-        figures = [getattr(head, name) for name in HeadFidelity.__dataclass_fields__ if name not in ("layer", "head", "worst_row")]
+        figures = [
+            getattr(head, name) for name in HeadFidelity.__dataclass_fields__ if name not in ("layer", "head", "worst_row")
+        ]
         assert figures == pytest.approx([1.0] * len(figures))
     for layer in result.layers:
         assert [layer.prompt_least, *layer.generated, *layer.forced] == pytest.approx([1.0] * 9)
@@ -186,7 +186,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_shown_as_table_frame_and_json() -> None:
     result = tl_stream.fidelity(build(), tokens(LENGTH), CONFIG, new_tokens=2)
-    heads, layers, _ = result.table().renderables
+    heads, layers, _ = cast("list[Table]", result.table().renderables)
     assert heads.row_count == len(result.to_dataframe()) == 12
     assert layers.row_count == 6
     plain = json.loads(result.to_json())

@@ -109,9 +109,7 @@ class SparseActivationCache(ActivationCache):
             raise KeyError(f"layer was {layer}; expected one whose pattern is in the cache: {sorted(self.patterns)}.")
         return exact_rows(self.patterns[layer], rows)
 
-    def audit(
-        self, rows: int | Sequence[int] = 1, sample: int = 64, *, confidence: float = 0.95, seed: int = 0
-    ) -> Audit:
+    def audit(self, rows: int | Sequence[int] = 1, sample: int = 64, *, confidence: float = 0.95, seed: int = 0) -> Audit:
         """What this run lost, and what of it not to trust; no dense run is needed.
 
         The chosen rows' retained mass is exact; the mean over all rows is given as a confidence interval, from rows drawn

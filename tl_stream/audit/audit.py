@@ -82,9 +82,7 @@ class _Layer(NamedTuple):
         others = counted[~torch.isin(counted, chosen)]
         return cls(softmax, lse, chosen, softmax.retained(chosen)[0], others)
 
-    def heads(
-        self, text: int, layer: int, sample: int, confidence: float, generator: torch.Generator
-    ) -> list[HeadAudit]:
+    def heads(self, text: int, layer: int, sample: int, confidence: float, generator: torch.Generator) -> list[HeadAudit]:
         """What there is to say of each head."""
         pruned = self.others[self.softmax.prunes()[0, self.others]]
         drawn = pruned[torch.randperm(len(pruned), generator=generator)[:sample].to(pruned.device)]
@@ -138,7 +136,7 @@ def _picked(shown: Tensor, rows: Sequence[int]) -> Tensor:
 def _check(patterns: Mapping[int, BlockSparseTensor], rows: int | Sequence[int], sample: int) -> None:
     if not patterns:
         raise ValueError("The cache holds no pattern; expected hook_pattern among names_filter.")
-    if isinstance(rows, int) and rows < 1 or not isinstance(rows, int) and not len(rows):
+    if (rows if isinstance(rows, int) else len(rows)) < 1:
         raise ValueError(f"rows was {rows!r}; expected how many of the last rows (an int >= 1), or positions.")
     if sample < 0:
         raise ValueError(f"sample was {sample}; expected how many further rows to draw, an int >= 0.")

@@ -35,12 +35,12 @@ class _Moments(NamedTuple):
     """Cumulative over key blocks, the first entry 0.
 
     Attributes:
-        count: Number of keys that are no padding, `[batch, kv_block + 1]`.
+        n_keys: Number of keys that are no padding, `[batch, kv_block + 1]`.
         place: Sum of their positions, likewise.
         keys: Sum of the keys, then of their squares, `[batch, kv_head_index, kv_block + 1, 2 * d_head]`.
     """
 
-    count: Float[Tensor, "batch block"]
+    n_keys: Float[Tensor, "batch block"]
     place: Float[Tensor, "batch block"]
     keys: Float[Tensor, "batch kv_head_index block two_d_head"]
 
@@ -143,7 +143,7 @@ def _node_logits(
         taken = each[batch, head, kept] * used[..., None]
         return total.scatter_add(3, node[..., None].expand_as(taken), -taken)
 
-    everyone = [x[:, None, :, None].expand(-1, layout.n_heads // group, -1, -1) for x in (moments.count, moments.place)]
+    everyone = [x[:, None, :, None].expand(-1, layout.n_heads // group, -1, -1) for x in (moments.n_keys, moments.place)]
     count, place = (dropped(x)[..., 0] for x in everyone)
     some = count.clamp(min=1.0)
     mean, square = (dropped(moments.keys) / some[..., None]).chunk(2, -1)

@@ -1,14 +1,14 @@
-"""A confidence interval for the mean of numbers in [0, 1] of which some were drawn without replacement; it holds for any numbers.
+"""A confidence interval for the mean of numbers in [0, 1] of which some were drawn without replacement, whatever they are.
 
 Betting (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", arXiv:2010.09686, section
-5: sampling without replacement). For each candidate mean m, a gambler who starts with 1 bets on the draws. Before draw t, were m
-the mean of all N numbers, the next one would be expected to be
+5: sampling without replacement). For each candidate mean m, a gambler who starts with 1 bets on the draws. Before draw t, were
+m the mean of all N numbers, the next one would be expected to be
 
     m_t = (N m - sum of the draws so far) / (N - number of draws so far),
 
 so that the wealth prod_t (1 + lambda_t (x_t - m_t)) is a fair game whatever the numbers are, and exceeds 1 / alpha with
-probability at most alpha (Ville). The interval is every m at which the wealth never did: no normal theory, right at any sample size
-and any skew. Half of the wealth bets that the mean is greater than m, half that it is smaller.
+probability at most alpha (Ville). The interval is every m at which the wealth never did: no normal theory, right at any sample
+size and any skew. Half of the wealth bets that the mean is greater than m, half that it is smaller.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _log_wealth(
 
 def _check(draws: Tensor, population: int, confidence: float) -> None:
     if draws.shape[-1] > population:
-        raise ValueError(f"population was {population}, with {draws.shape[-1]} draws; expected at least as many numbers as draws.")
+        raise ValueError(
+            f"population was {population}, with {draws.shape[-1]} draws; expected at least as many numbers as draws."
+        )
     slack = 1e-4  # of float32 sums
     if draws.numel() and not (-slack <= float(draws.min()) and float(draws.max()) <= 1 + slack):
         raise ValueError(f"draws were in [{float(draws.min())}, {float(draws.max())}]; expected numbers in [0, 1].")

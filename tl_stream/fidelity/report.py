@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from tl_stream.audit.rows import SoftmaxRows
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.output import compare_outputs
 from tl_stream.fidelity.result import Fidelity, HeadFidelity, LayerFidelity
-from tl_stream.fidelity.runs import Continuation, Run, dense_config
+from tl_stream.fidelity.runs import Continuation, Run, dense_config, similarity
 from tl_stream.fidelity.streamed import PatternComparison, compare_patterns
 from tl_stream.hosts import host_of
 
@@ -59,20 +58,19 @@ def fidelity(
     text = text.to(model.cfg.device)
     kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
     n_logits = min(text.shape[1], max(1, MAX_LOGITS // (len(text) * model.cfg.d_vocab)))
-    runs = [Run.of(model, text, each, n_logits, **kwargs) for each in (dense_config(config), config)]
+    dense, sparse = (Run.of(model, text, each, n_logits, **kwargs) for each in (dense_config(config), config))
     along = _along(model, text, config, new_tokens) if new_tokens else None
-    heads, compared = _heads(*runs, rows)
-    padding = attention_mask[:, -n_logits:].to(text.device).bool() if attention_mask is not None else None
-    counted = torch.ones_like(text[:, -n_logits:], dtype=torch.bool) if padding is None else padding
+    heads, compared = _heads(dense, sparse, rows)
+    counted = torch.ones_like(text) if attention_mask is None else attention_mask.to(text.device)
     said = None if along is None else (along[0].tokens, along[1].tokens)
-    output = compare_outputs(runs[0].logits, runs[1].logits, text[:, -n_logits:], counted, said)
+    output = compare_outputs(dense.logits, sparse.logits, text[:, -n_logits:], counted[:, -n_logits:].bool(), said)
     return Fidelity(
         tokens=text.shape[1],
         texts=len(text),
         rows=compared,
-        pruned=runs[1].cache.pruned,
+        pruned=sparse.cache.pruned,
         heads=heads,
-        layers=_layers(*runs, along, attention_mask),
+        layers=_layers(dense, sparse, along, counted.bool()),
         output=output,
     )
 
@@ -85,7 +83,7 @@ def _heads(dense: Run, sparse: Run, rows: int | None) -> tuple[tuple[HeadFidelit
         pair = SoftmaxRows.of(dense.cache.patterns[layer]), SoftmaxRows.of(pattern)
         blocks = _blocks(pattern.block_layout.n_q_blocks, pattern.block_layout.block_q, rows, pattern.device)
         patterns = compare_patterns(*pair, blocks)
-        z = cosine_similarity(dense.z(layer)[:, :, patterns.rows], sparse.z(layer)[:, :, patterns.rows], dim=-1)
+        z = similarity(dense.z(layer)[:, :, patterns.rows], sparse.z(layer)[:, :, patterns.rows])
         found += [_head(layer, head, patterns, z[:, head]) for head in range(pattern.shape[1])]
         compared = len(patterns.rows)
     return tuple(found), compared
@@ -124,13 +122,12 @@ def _along(model: Any, text: Tensor, config: StreamConfig, steps: int) -> tuple[
 
 
 def _layers(
-    dense: Run, sparse: Run, along: tuple[Continuation, ...] | None, attention_mask: Tensor | None
+    dense: Run, sparse: Run, along: tuple[Continuation, ...] | None, counted: Bool[Tensor, "batch pos"]
 ) -> tuple[LayerFidelity, ...]:
     names = [name for name in dense.cache if name.endswith("hook_resid_post")]
     found = []
     for index, name in enumerate(names):
-        prompt = cosine_similarity(dense.cache[name].float(), sparse.cache[name].float(), dim=-1)
-        prompt = prompt if attention_mask is None else prompt[attention_mask.to(prompt.device).bool()]
+        prompt = similarity(dense.cache[name], sparse.cache[name])[counted]
         steps = [_along_steps(along[0], other, index) for other in along[1:]] if along else [(), ()]
         layer = int(name.split(".")[1])
         found.append(LayerFidelity(layer, float(prompt.mean()), float(prompt.min()), *steps))
@@ -139,7 +136,7 @@ def _layers(
 
 def _along_steps(dense: Continuation, other: Continuation, index: int) -> tuple[float, ...]:
     """Similarity at each step, mean over texts."""
-    return tuple(cosine_similarity(dense.resid[index].float(), other.resid[index].float(), dim=-1).mean(0).tolist())
+    return tuple(similarity(dense.resid[index], other.resid[index]).mean(0).tolist())
 
 
 def _check(model: Any, text: Any, config: Any, rows: Any, new_tokens: Any, attention_mask: Any) -> None:
@@ -153,10 +150,12 @@ def _check(model: Any, text: Any, config: Any, rows: Any, new_tokens: Any, atten
     if new_tokens < 0:
         raise ValueError(f"new_tokens was {new_tokens}; expected an int >= 0.")
     if attention_mask is not None and new_tokens:
-        raise ValueError(f"new_tokens was {new_tokens} with an attention_mask, which generation takes none of; pass new_tokens=0.")
+        raise ValueError(
+            f"new_tokens was {new_tokens} with an attention_mask, which generation takes none of; pass new_tokens=0."
+        )
     length = text.shape[1] + max(0, new_tokens - 1)
     if length > model.cfg.n_ctx:
         raise ValueError(
-            f"tokens and new_tokens would make a text of {length} tokens; expected at most the {model.cfg.n_ctx} of n_ctx. Pass "
-            "fewer of either."
+            f"tokens and new_tokens would make a text of {length} tokens; expected at most the {model.cfg.n_ctx} of n_ctx. "
+            "Pass fewer of either."
         )

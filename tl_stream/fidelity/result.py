@@ -24,7 +24,8 @@ class HeadFidelity:
         retained_5th: Its 5th percentile over rows.
         retained_least: The worst row.
         worst_row: Which one, as a query position.
-        block_recall: Share kept of the key blocks that the dense model reads most (as many as were kept), mean over query blocks.
+        block_recall: Share kept of the key blocks that the dense model reads most (as many as were kept), mean over query
+            blocks.
         entry_recall: Share kept of the 32 keys that the dense model reads most, mean over rows.
         top_kept: Share of rows whose most-read key was kept.
         top_same: Share of rows whose most-read key is the same in both.
@@ -83,7 +84,8 @@ class LayerFidelity:
         layer: Layer index.
         prompt_mean: Mean over the prompt's positions.
         prompt_least: The worst of them.
-        generated: In the rows that give each new token, each model reading what it said itself; step 0 is the prompt's last row.
+        generated: In the rows that give each new token, each model reading what it said itself; step 0 is the prompt's last
+            row. Mean over texts.
         forced: Likewise, both reading the dense model's tokens.
     """
 
@@ -165,7 +167,10 @@ class Fidelity:
         x = self.output
         generated = "-" if x.next_n is None else f"{x.next_n:.0%} of {x.new_tokens} tokens before the first that differs"
         cells = [
-            ("KL(dense || sparse), nats: mean, greatest, last position", f"{x.kl_mean:.3g}, {x.kl_greatest:.3g}, {x.kl_last:.3g}"),
+            (
+                "KL(dense || sparse), nats: mean, greatest, last position",
+                f"{x.kl_mean:.3g}, {x.kl_greatest:.3g}, {x.kl_last:.3g}",
+            ),
             ("same most likely token: all positions, last position", f"{x.top_1:.1%}, {x.top_1_last:.0%}"),
             ("loss, nats a token: dense, sparse", f"{_figure(x.loss_dense)}, {_figure(x.loss_sparse)}"),
             ("generated alike", generated),

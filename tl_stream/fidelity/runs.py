@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
@@ -19,6 +20,16 @@ _POINTS = ("hook_pattern", "hook_z", "hook_resid_post")
 def dense_config(config: StreamConfig) -> StreamConfig:
     """A config that prunes nothing: the dense model, its attention streamed."""
     return replace(config, k=2**31, layout_from=None, decode="exact", estimator="dual")
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def similarity(a: Float[Tensor, "*rows x"], b: Float[Tensor, "*rows x"]) -> Float[Tensor, "*rows"]:
+    """Cosine similarity, in float32 or better."""
+    return cosine_similarity(wide(a), wide(b), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +47,10 @@ class Run:
     @classmethod
     def of(cls, model: Any, tokens: Int[Tensor, "batch pos"], config: StreamConfig, n_logits: int, **kwargs: Any) -> Run:
         """Run the model."""
-        names = dict(names_filter=lambda name: name.startswith("blocks.") and name.endswith(_POINTS))
-        logits, cache = run_with_sparse_cache(model, tokens, config=config, logits_to_keep=n_logits, **names, **kwargs)
-        return cls(logits.float() if logits.dtype.itemsize < 4 else logits, cache)
+        kwargs["names_filter"] = lambda name: name.startswith("blocks.") and name.endswith(_POINTS)
+        logits, cache = run_with_sparse_cache(model, tokens, config=config, logits_to_keep=n_logits, **kwargs)
+        assert isinstance(cache, SparseActivationCache)
+        return cls(wide(logits), cache)
 
     def z(self, layer: int) -> Float[Tensor, "batch head_index pos d_v"]:
         """Head outputs."""

@@ -24,12 +24,13 @@ class PatternComparison:
     Attributes:
         rows: Their query positions.
         counted: Which of them count: those that are no padding and read something.
-        retained: Share of the dense model's row that lies on blocks the sparse run kept.
+        retained: Share of the dense model's row that lies on blocks the sparse run kept; what a sink logit takes is not lost.
         entries: Share of the `ENTRIES` keys the dense row reads most (fewer where it may read fewer) that were kept.
         top_kept: Whether the key that the dense row reads most was kept.
         top_same: Whether it is also the one that the sparse row reads most.
         cosine: Cosine similarity of the dense and the sparse row.
-        blocks: For each query block, the share that was kept of the key blocks with the greatest dense mass, as many as were kept.
+        blocks: For each query block, the share that was kept of the key blocks with the greatest dense mass, taking as many
+            of those as were kept.
     """
 
     rows: Int[Tensor, " row"]
@@ -62,14 +63,14 @@ def compare_patterns(dense: SoftmaxRows, sparse: SoftmaxRows, blocks: Int[Tensor
         by_row.append(_row_measures(full, pruned, kept))
         weight = sparse.counted()[:, None, part, None]
         by_block.append(_block_recall(full * weight, kept, layout.block_q, layout.block_k))
-    measures = torch.cat(by_row, -1)
-    return PatternComparison(rows, counted, *measures.unbind(0), blocks=torch.cat(by_block, -1))
+    retained, entries, top_kept, top_same, cosine = torch.cat(by_row, -1)
+    return PatternComparison(rows, counted, retained, entries, top_kept, top_same, cosine, torch.cat(by_block, -1))
 
 
 def _row_measures(full: Tensor, pruned: Tensor, kept: Tensor) -> Float[Tensor, "measure batch head_index row"]:
     top = full.topk(min(ENTRIES, full.shape[-1]))
     read = top.values > 0
-    found = (kept.gather(-1, top.indices) & read).sum(-1) / read.sum(-1).clamp(min=1)
+    found = (kept.gather(-1, top.indices) & read).sum(-1).to(full.dtype) / read.sum(-1).clamp(min=1)
     best = top.indices[..., :1]
     same = pruned.argmax(-1, keepdim=True) == best
     measures = (
@@ -90,6 +91,6 @@ def _block_recall(full: Tensor, kept: Tensor, block_q: int, block_k: int) -> Flo
     number = chosen.sum(-1, keepdim=True)
     order = mass.argsort(-1, descending=True)
     wanted = (torch.arange(mass.shape[-1], device=mass.device) < number) & (mass.gather(-1, order) > 0)
-    found = (chosen.gather(-1, order) & wanted).sum(-1)
+    found = (chosen.gather(-1, order) & wanted).sum(-1).to(full.dtype)
     some = wanted.sum(-1)
-    return torch.where(some > 0, found / some.clamp(min=1), 1.0).to(full.dtype)
+    return torch.where(some > 0, found / some.clamp(min=1), 1.0)
