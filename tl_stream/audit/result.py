@@ -102,7 +102,7 @@ class Audit:
                 f"{head.mean_low:.3f} to {head.mean_high:.3f}",
                 f"~{head.mean_estimated:.2f}",
                 head.estimate_error,
-                "; ".join(head.reasons) or "trusted",
+                "; ".join(head.reasons) or "no reason to doubt",
             )
             for head in self.heads
         ]
@@ -128,8 +128,8 @@ class Audit:
 
     @staticmethod
     def _said(answer: RowsAudit) -> str:
-        return f"Text {answer.text}: " + ("; ".join(answer.reasons) or f"rows {_listed(answer.rows)} trusted")
+        return f"Text {answer.text}: " + ("; ".join(answer.reasons) or f"no reason to doubt {_listed(answer.rows)}")
 
 
 def _listed(rows: tuple[int, ...]) -> str:
-    return f"{rows[0]} to {rows[-1]}" if len(rows) > 2 else " and ".join(map(str, rows))
+    return f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"

@@ -45,6 +45,6 @@ def rows_reasons(mass: Float[Tensor, " row"], rows: Sequence[int]) -> tuple[str,
     if least >= ROW_THRESHOLD:
         return ()
     return (
-        f"row {rows[int(mass.argmin())]} keeps {least:.0%} over all heads, below {ROW_THRESHOLD:.0%}: "
+        f"row {rows[int(mass.argmin())]} keeps {least:.1%} over all heads, below {ROW_THRESHOLD:.0%}: "
         "the dense model may answer otherwise",
     )
