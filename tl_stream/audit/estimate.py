@@ -127,7 +127,7 @@ def _node_logits(
     """Estimated log of the sum of exp(score) over the dropped keys of each node; -inf where nothing was dropped."""
     layout, products = rows.layout, rows.products
     bounds = spans.nodes(start, stop)
-    group = layout.n_heads // products.k.shape[1]
+    kv_heads = products.k.shape[1]
     kept, used = layout.rows(start, stop)
     used = used & (kept >= bounds[:, :1]) & (kept < bounds[:, -1:])
     node = torch.searchsorted(bounds[None, None].expand(*kept.shape[:2], -1, -1).contiguous(), kept, right=True) - 1
@@ -136,15 +136,15 @@ def _node_logits(
     def dropped(sums: Tensor) -> Tensor:
         """Sums over the dropped keys of each node, from cumulative ones `[batch, kv_head_index, block, x]`."""
         ends = sums[:, :, bounds]
-        total = (ends[:, :, :, 1:] - ends[:, :, :, :-1]).repeat_interleave(layout.n_heads // sums.shape[1], 1)
+        total = (ends[:, :, :, 1:] - ends[:, :, :, :-1]).repeat_interleave(layout.n_heads // kv_heads, 1)
         each = sums[:, :, 1:] - sums[:, :, :-1]
         batch = torch.arange(layout.batch, device=kept.device)[:, None, None, None]
-        head = torch.arange(layout.n_heads, device=kept.device)[:, None, None] // (layout.n_heads // sums.shape[1])
+        head = torch.arange(layout.n_heads, device=kept.device)[:, None, None] // (layout.n_heads // kv_heads)
         taken = each[batch, head, kept] * used[..., None]
         return total.scatter_add(3, node[..., None].expand_as(taken), -taken)
 
-    everyone = [x[:, None, :, None].expand(-1, layout.n_heads // group, -1, -1) for x in (moments.n_keys, moments.place)]
-    count, place = (dropped(x)[..., 0] for x in everyone)
+    shared = (x[:, None, :, None].expand(-1, kv_heads, -1, -1) for x in (moments.n_keys, moments.place))
+    count, place = (dropped(x)[..., 0] for x in shared)
     some = count.clamp(min=1.0)
     mean, square = (dropped(moments.keys) / some[..., None]).chunk(2, -1)
     variance = (square - mean**2).clamp(min=0.0)

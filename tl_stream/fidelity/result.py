@@ -86,7 +86,8 @@ class LayerFidelity:
         prompt_least: The worst of them.
         generated: In the rows that give each new token, each model reading what it said itself; step 0 is the prompt's last
             row. Mean over texts.
-        forced: Likewise, both reading the dense model's tokens.
+        forced: Likewise, both reading the dense model's tokens, in one pass: these rows share their blocks with their query
+            block, where a step of generation chooses its own.
     """
 
     layer: int
