@@ -1,11 +1,14 @@
 """Shapes and types of every annotated function are checked while the tests run.
 
-Not in `config` and `tracing`: those check their arguments themselves, and their messages are tested.
+Not in `config`, `tracing` and `fidelity.report`: those check their arguments themselves, and their messages are tested.
 """
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["attention", "cache", "estimator", "hosts", "layout", "masking", "models", "score_mod", "tasks", "tensors", "viz"]
+CHECKED = [
+    "attention", "audit", "cache", "estimator", "fidelity.output", "fidelity.result", "fidelity.runs", "fidelity.streamed",
+    "hosts", "layout", "masking", "models", "score_mod", "tasks", "tensors", "viz",
+]  # fmt: skip
 with install_import_hook([f"tl_stream.{name}" for name in CHECKED], "beartype.beartype"):
     import tl_stream  # noqa: F401
 

@@ -56,6 +56,20 @@ def test_estimators_are_streamed(estimator: str) -> None:
     assert watch.numel <= 2 * 4096 * 64
 
 
+@pytest.mark.parametrize("variant", ["gqa", "local"])
+@torch.no_grad()
+def test_audit_and_fidelity_are_streamed(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_stream.audit.rows.CHUNK_ENTRIES", 2**15)
+    monkeypatch.setattr("tl_stream.audit.estimate._CHUNK_ENTRIES", 2**15)
+    model, length = build(variant, torch.float32, n_ctx=8192, d_vocab=40), 2048
+    text = torch.randint(0, 40, (1, length))
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    with LargestTensor() as watch:
+        cache.audit(sample=16)
+        tl_stream.fidelity(model, text, CONFIG, rows=64, new_tokens=2)
+    assert watch.numel < length * length / 8
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_work_grows_linearly(backward: bool) -> None:
     """All memory that is ever asked for, added up: a copy of all keys in every chunk would make it quadratic."""

@@ -1,9 +1,10 @@
 """tl_stream: attention in long contexts, traced sparsely inside TransformerLens (Stream, arXiv:2510.19875)."""
 
-from tl_stream import models, tasks
+from tl_stream import budget, models, tasks
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
+from tl_stream.fidelity import distribute, fidelity, find_budget
 from tl_stream.hosts import Support, supports
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors import BlockSparsePattern, BlockSparseScores
@@ -17,7 +18,11 @@ __all__ = [
     "SparseActivationCache",
     "StreamConfig",
     "Support",
+    "budget",
+    "distribute",
     "estimate_layout",
+    "fidelity",
+    "find_budget",
     "models",
     "run_with_sparse_cache",
     "sparse",

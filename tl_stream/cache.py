@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
 
+from tl_stream.audit import Audit, audit
 from tl_stream.config import StreamConfig
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
@@ -108,6 +109,29 @@ class SparseActivationCache(ActivationCache):
         if layer not in self.patterns:
             raise KeyError(f"layer was {layer}; expected one whose pattern is in the cache: {sorted(self.patterns)}.")
         return exact_rows(self.patterns[layer], rows)
+
+    def audit(self, rows: int | Sequence[int] = 1, sample: int = 64, *, confidence: float = 0.95, seed: int = 0) -> Audit:
+        """What this run lost, and what of it not to trust; no dense run is needed.
+
+        The chosen rows' retained mass is exact; the mean over all rows is given as a confidence interval, from rows drawn
+        without replacement, that holds whatever the distribution (`tl_stream.audit.interval`), and as an estimate
+        (`tl_stream.audit.estimate`). All is relative to the full softmax of the run's own q and k, which are the dense
+        model's only in the first layer. O(T) a row and head; the estimate O(T) for all rows. O(T) memory.
+
+        Args:
+            rows: The last so many rows of each text, padding left out, or query positions as the cached patterns show
+                them (negative ones count from the end). The rows of an answer are those that generate it; 1 is the row of
+                the next token.
+            sample: How many of the other rows to draw in each layer.
+            confidence: Of each interval, on its own.
+            seed: Of the draw.
+
+        Raises:
+            ValueError: No pattern is in the cache, or an argument is out of range.
+            IndexError: A row out of range.
+            TypeError: A pattern was written to.
+        """
+        return audit(self.patterns, rows, sample, confidence=confidence, seed=seed)
 
     def memory(self) -> dict[str, int]:
         """Bytes that each activation keeps alive; memory that several share is counted at the first of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_stream.config import StreamConfig
@@ -67,9 +67,7 @@ def estimate_layout(
     return BlockLayout(indices, number, mask, block_q, block_k, q.shape[0], q.shape[1])
 
 
-def block_shares(
-    problem: Problem, config: StreamConfig, most: int
-) -> Iterator[tuple[Problem, slice, Int[Tensor, "batch head_index q_block candidate"], Float[Tensor, "..."]]]:
+def block_shares(problem: Problem, config: StreamConfig, most: int) -> Iterator[tuple[Problem, slice, Tensor, Tensor]]:
     """Candidate key blocks and the share of attention that the configured estimator reckons each to hold, run by run.
 
     Args:

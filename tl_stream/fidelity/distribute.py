@@ -18,6 +18,7 @@ from tl_stream.budget import PerHead
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import Problem, block_shares
 from tl_stream.tensors import BlockSparseScores
+from tl_stream.tensors.data import ScoresData
 from tl_stream.tracing import run_with_sparse_cache
 
 
@@ -48,7 +49,7 @@ def distribute(
     config = replace(config or StreamConfig(), k=at_most, forward="exact", layout_from=None)
     kwargs["names_filter"] = lambda name: name.endswith("hook_attn_scores")
     _, cache = run_with_sparse_cache(model, tokens, config=config, **kwargs)
-    curves = {layer: curve(cache["attn_scores", layer], config, at_most) for layer in cache.scores}
+    curves = {scores.origin.layer: curve(scores, config, at_most) for scores in cache.values()}
     names = [(layer, head) for layer, found in curves.items() for head in range(len(found))]
     steps = torch.cat(list(curves.values()))
     steps[:, 0] = torch.inf
@@ -60,12 +61,13 @@ def distribute(
 def curve(scores: BlockSparseScores, config: StreamConfig, at_most: int) -> Float[Tensor, "head_index rank"]:
     """The share of attention that the r-th best key block holds, in the mean over the query blocks of each head."""
     data = scores._data
+    assert isinstance(data, ScoresData)
     layout, products = data.layout, data.products
     problem = Problem.of(
         products.q, products.k, layout.mask, layout.block_q, layout.block_k, products.scale, products.score_mods
     )
     parts = []
-    for _, _, _, shares in block_shares(problem, config, at_most):
+    for *_, shares in block_shares(problem, config, at_most):
         ranked = shares.clamp(min=0).topk(min(at_most, shares.shape[-1])).values
         parts.append(pad(ranked, (0, at_most - ranked.shape[-1])))
     return torch.cat(parts, 2).mean((0, 2))

@@ -18,7 +18,7 @@ from tl_stream.tensors.products import Products
 @torch.no_grad()
 def retained_mass(pattern: BlockSparseTensor) -> Float[Tensor, "*batch_and_head query_pos"]:
     """See `BlockSparseTensor.retained_mass`: exp(lse over the kept keys - lse over all keys that the mask allows)."""
-    data, products = _recomputable(pattern)
+    data, products = recomputable(pattern)
     rows = slice(pattern._view.rows.start, pattern._view.rows.stop)
     share = _share_of_record(data, products)[:, :, rows] if data.is_exact else _share(data, products, rows)
     return pattern.drop_indexed(share.nan_to_num(1.0))  # a row that may read nothing loses nothing
@@ -48,7 +48,7 @@ def _share(data: PatternData, products: Products, rows: slice) -> Tensor:
 @torch.no_grad()
 def exact_rows(pattern: BlockSparseTensor, rows: Sequence[int]) -> Float[Tensor, "*batch_and_head row key_pos"]:
     """See `SparseActivationCache.exact_rows`."""
-    data, products = _recomputable(pattern)
+    data, products = recomputable(pattern)
     layout = data.layout
     n_queries, n_keys = layout.seq_lengths
     shown = pattern._view.rows
@@ -71,7 +71,8 @@ def exact_rows(pattern: BlockSparseTensor, rows: Sequence[int]) -> Float[Tensor,
     return pattern.drop_indexed(full)
 
 
-def _recomputable(pattern: BlockSparseTensor) -> tuple[PatternData, Products]:
+def recomputable(pattern: BlockSparseTensor) -> tuple[PatternData, Products]:
+    """Data and products of the batch elements and heads that a pattern shows; TypeError where it was written to."""
     data = pattern._selected()
     if not isinstance(data, PatternData) or pattern._data.version:
         raise TypeError("This needs a pattern that can be recomputed from q and k; this one was written to.")

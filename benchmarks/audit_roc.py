@@ -1,0 +1,190 @@
+"""Does the audit know when a sparse answer flipped? The threshold of its verdict on an answer's rows comes from here.
+
+    python benchmarks/audit_roc.py [--quick] [--json FILE] [--html FILE]
+
+The bundled model reads prompts of four tasks, half of them after three random tokens (a search over such prefixes is how
+answers of the sparse model are flipped on purpose), followed by the dense model's own greedy answer. Each text is traced with
+many small budgets, with Stream's choice of blocks and with two that don't look at the keys. An answer flipped where the most
+likely token differs from the dense model's at any of its rows.
+
+The audit, which sees the sparse run alone, gives each row the retained mass of its full softmax, mean over all layers and
+heads, and an answer the least of its rows. AUC is the probability that a flipped answer has less than one that stayed, ties
+counting half; "k alone" is how well the known number of kept keys does. The threshold is the one with the greatest (flips
+flagged - others flagged), Youden's J, on half of the seeds; its rates are those of the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+import tl_stream
+from tl_stream import StreamConfig
+from tl_stream.tasks import niah, reasoning_trace, variable_tracking
+
+TOKENS = 1024
+SENTENCES = 100
+FIRST_SEED = 10_000
+CONFIGS = [
+    StreamConfig(block_q=block, block_k=block, k=k, estimator=estimator, seed=0)
+    for estimator, blocks, budgets in (
+        ("dual", (8, 16, 32), (1, 2, 4, 8)),
+        ("window", (32,), (4, 16)),
+        ("random", (32,), (8, 16)),
+    )
+    for block in blocks
+    for k in budgets
+]
+
+
+def texts(tokenizer: Any, seed: int) -> Iterator[tuple[str, str, int]]:
+    """Task, prompt and number of answer tokens."""
+    for keys in (1, 4):
+        task = niah(tokenizer, TOKENS, depth=seed % 7 / 6, keys=keys, seed=seed)
+        yield f"niah, {keys} keys", task.prompt, len(task.value)
+    tracking = variable_tracking(tokenizer, TOKENS, seed=seed)
+    yield "variable tracking", tracking.prompt, len(tracking.variables)
+    yield "reasoning trace", reasoning_trace(tokenizer, SENTENCES, seed=seed).prompt, 1
+
+
+def prefixed(prompt: Tensor, seed: int, vocabulary: int) -> Tensor:
+    """On odd seeds, three random tokens after the first one."""
+    if seed % 2 == 0:
+        return prompt
+    extra = torch.randint(3, vocabulary, (1, 3), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([prompt[:, :1], extra, prompt[:, 1:]], 1)
+
+
+def measure(model: Any, dense: Any, seed: int) -> Iterator[dict[str, Any]]:
+    for name, prompt, n in texts(model.tokenizer, seed):
+        tokens = prefixed(model.to_tokens(prompt), seed, model.cfg.d_vocab)
+        text = dense.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)[:, : tokens.shape[1] + n - 1]
+        expected = dense(text, logits_to_keep=n).logits.argmax(-1)
+        for config in CONFIGS:
+            logits, cache = model.run_with_sparse_cache(
+                text, config=config, logits_to_keep=n, names_filter=lambda name: name.endswith("hook_pattern")
+            )
+            audited = cache.audit(rows=n, sample=0).answers[0].retained
+            flipped = (logits.argmax(-1) != expected)[0].tolist()
+            yield {
+                "task": name,
+                "seed": seed,
+                "block": config.block_k,
+                "k": config.k,
+                "estimator": config.estimator,
+                "retained": audited,
+                "flipped": flipped,
+                "score": min(audited),
+                "flip": any(flipped),
+            }
+
+
+def auc(rows: list[dict[str, Any]], scores: list[float]) -> float:
+    """Probability that a flipped answer has the lower score."""
+    flip, score = torch.tensor([row["flip"] for row in rows]), torch.tensor(scores, dtype=torch.float64)
+    low, high = score[flip][:, None], score[~flip]
+    return float(((low < high).double() + (low == high).double() / 2).mean())
+
+
+def curve(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholds, and the shares of flipped and of other answers below each."""
+    flip, score = torch.tensor([row["flip"] for row in rows]), torch.tensor([row["score"] for row in rows])
+    thresholds = torch.linspace(0, 1, 201)
+    below = score < thresholds[:, None]
+    return thresholds, below[:, flip].double().mean(1), below[:, ~flip].double().mean(1)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    chosen_on = [row for row in rows if row["seed"] % 4 < 2]
+    held_out = [row for row in rows if row["seed"] % 4 >= 2]
+    thresholds, hit, false = curve(chosen_on)
+    best = int((hit - false).argmax())
+    _, held_hit, held_false = curve(held_out)
+    groups = {"all": rows, **{name: [r for r in rows if r["task"] == name] for name in sorted({r["task"] for r in rows})}}
+    groups |= {f"{kind} blocks": [r for r in rows if r["estimator"] == kind] for kind in ("dual", "window", "random")}
+    return {
+        "threshold": float(thresholds[best]),
+        "flagged_of_flipped": float(held_hit[best]),
+        "flagged_of_others": float(held_false[best]),
+        "groups": {name: group(part) for name, part in groups.items()},
+    }
+
+
+def group(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    flips = sum(row["flip"] for row in rows)
+    mixed = 0 < flips < len(rows)
+    return {
+        "answers": len(rows),
+        "flips": flips,
+        "auc": auc(rows, [row["score"] for row in rows]) if mixed else None,
+        "auc_of_k_alone": auc(rows, [row["k"] * row["block"] for row in rows]) if mixed else None,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table(title="Flipped answers, told from the retained mass of the sparse run alone")
+    for column in ("answers of", "number", "flipped", "AUC of the audit", "AUC of k alone"):
+        table.add_column(column, justify="right")
+    for name, part in result["groups"].items():
+        figures = ("-" if part[key] is None else f"{part[key]:.3f}" for key in ("auc", "auc_of_k_alone"))
+        table.add_row(name, str(part["answers"]), str(part["flips"]), *figures)
+    Console().print(table)
+    Console().print(
+        f"Threshold {result['threshold']:.3f}: on the other half of the seeds it flags {result['flagged_of_flipped']:.1%} of "
+        f"the flipped answers and {result['flagged_of_others']:.1%} of the others."
+    )
+
+
+def figure(rows: list[dict[str, Any]], result: dict[str, Any]) -> go.Figure:
+    made = go.Figure()
+    for name in ("all", *sorted({row["task"] for row in rows})):
+        part = [row for row in rows if name in ("all", row["task"])]
+        if result["groups"][name]["auc"] is not None:
+            thresholds, hit, false = curve(part)
+            label = f"{name} (AUC {result['groups'][name]['auc']:.3f})"
+            made.add_scatter(x=false.tolist(), y=hit.tolist(), text=[f"below {t:.3f}" for t in thresholds], name=label)
+    made.add_scatter(
+        x=[result["flagged_of_others"]], y=[result["flagged_of_flipped"]], mode="markers", marker_size=12,
+        name=f"threshold {result['threshold']:.3f}, on unseen seeds",
+    )  # fmt: skip
+    return made.update_layout(
+        title="Flipped answers told from the retained mass of their rows",
+        xaxis_title="share of unflipped answers flagged",
+        yaxis_title="share of flipped answers flagged",
+        template="plotly_white",
+    )
+
+
+@torch.inference_mode()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 seeds instead of 16")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every answer and the figures there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the ROC curves there")
+    options = parser.parse_args()
+    model: Any = tl_stream.models.load()
+    dense = tl_stream.models.load(host="hf")
+    seeds = range(FIRST_SEED, FIRST_SEED + (4 if options.quick else 16))
+    rows = [row for seed in tqdm(seeds, desc="seeds", file=sys.stderr) for row in measure(model, dense, seed)]
+    result = summary(rows)
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps({**result, "rows": rows}, indent=1))
+    if options.html:
+        figure(rows, result).write_html(options.html, include_plotlyjs="cdn")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

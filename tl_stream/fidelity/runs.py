@@ -1,0 +1,96 @@
+"""The runs that a fidelity report compares: the same forward passes with and without pruning, neither with a T x T tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from tl_stream.cache import SparseActivationCache
+from tl_stream.config import StreamConfig
+from tl_stream.tracing import run_with_sparse_cache, sparse
+
+_POINTS = ("hook_pattern", "hook_z", "hook_resid_post")
+
+
+def dense_config(config: StreamConfig) -> StreamConfig:
+    """A config that prunes nothing: the dense model, its attention streamed."""
+    return replace(config, k=2**31, layout_from=None, decode="exact", estimator="dual")
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def similarity(a: Float[Tensor, "*rows x"], b: Float[Tensor, "*rows x"]) -> Float[Tensor, "*rows"]:
+    """Cosine similarity, in float32 or better."""
+    return cosine_similarity(wide(a), wide(b), dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One forward pass.
+
+    Attributes:
+        logits: Of the last positions, `[batch, pos, d_vocab]`.
+        cache: Patterns, head outputs and residual streams.
+    """
+
+    logits: Float[Tensor, "batch pos d_vocab"]
+    cache: SparseActivationCache
+
+    @classmethod
+    def of(cls, model: Any, tokens: Int[Tensor, "batch pos"], config: StreamConfig, n_logits: int, **kwargs: Any) -> Run:
+        """Run the model."""
+        kwargs["names_filter"] = lambda name: name.startswith("blocks.") and name.endswith(_POINTS)
+        logits, cache = run_with_sparse_cache(model, tokens, config=config, logits_to_keep=n_logits, **kwargs)
+        assert isinstance(cache, SparseActivationCache)
+        return cls(wide(logits), cache)
+
+    def z(self, layer: int) -> Float[Tensor, "batch head_index pos d_v"]:
+        """Head outputs."""
+        heads = self.cache.patterns[layer].shape[1]
+        return self.cache["z", layer].flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """What a model generates greedily.
+
+    Attributes:
+        tokens: The new tokens, `[batch, step]`.
+        resid: Residual stream after each layer, in the row that gives each token.
+    """
+
+    tokens: Int[Tensor, "batch step"]
+    resid: Float[Tensor, "layer batch step d_model"]
+
+    @classmethod
+    def generated(cls, model: Any, prompt: Int[Tensor, "batch pos"], config: StreamConfig, steps: int) -> Continuation:
+        """Let the model go on from the prompt on its own."""
+        notes: dict[str, list[Tensor]] = {}
+
+        def note(x: Tensor, hook: Any) -> None:
+            notes.setdefault(hook.name, []).append(x[:, -1])
+
+        with sparse(model, config), model.hooks(fwd_hooks=[(_is_resid, note)]):
+            output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
+        return cls(output[:, prompt.shape[1] :], torch.stack([torch.stack(x, 1) for x in notes.values()]))
+
+    @classmethod
+    def forced(cls, model: Any, prompt: Tensor, config: StreamConfig, tokens: Int[Tensor, "batch step"]) -> Continuation:
+        """Make the model read given tokens in one pass, and see what it would have said at each."""
+        text = torch.cat([prompt, tokens[:, :-1]], 1)
+        with sparse(model, config, logits_to_keep=tokens.shape[1]):
+            logits, cache = model.run_with_cache(text, names_filter=_is_resid, return_cache_object=False)
+        resid = torch.stack([x[:, -tokens.shape[1] :] for x in cache.values()])
+        return cls(logits.argmax(-1), resid)
+
+
+def _is_resid(name: str) -> bool:
+    return name.startswith("blocks.") and name.endswith("hook_resid_post")
