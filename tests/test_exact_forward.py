@@ -19,6 +19,7 @@ from zoo import NEEDS_HOOKED, VARIANTS, build, dense, gap, tokens
 
 import tl_stream
 from tl_stream import SparseActivationCache, StreamConfig
+from tl_stream.hosts.hooks import complete
 
 CONFIG = StreamConfig(block_q=8, block_k=8, k=3, beam=1, max_dense=0, forward="exact")
 FAMILIES = ("GPT-2", "Llama", "Mistral", "Gemma 2", "Gemma 3", "GPT-OSS", "DeepSeek V3", "OPT", "BLOOM", "GPT-J", "XGLM")
@@ -323,6 +324,24 @@ def test_no_write_is_lost(case: str) -> None:
     with tl_stream.sparse(model, CONFIG), pytest.raises(error, match=message):
         model.run_with_hooks(text, fwd_hooks=[("blocks.1.attn.hook_pattern", lambda p, hook: edit(p))])
     assert gap(model(text), model.run_with_sparse_cache(text, config=CONFIG)[0]) < 1e-10
+
+
+@torch.no_grad()
+def test_a_model_that_changes_what_its_hook_points_gave_is_refused() -> None:
+    """No model of the tests does; it would lose what was not recorded."""
+    model, text = build("gqa"), tokens()
+
+    def run(change: Callable[[Any], Any]) -> None:
+        def note(pattern: Any, hook: Any) -> None:
+            change(complete(pattern, pattern, hook))
+
+        with tl_stream.sparse(model, CONFIG):
+            model.run_with_hooks(text, fwd_hooks=[("blocks.1.attn.hook_pattern", note)])
+
+    with pytest.raises(NotImplementedError, match="mul: the model does this between its hook points"):
+        run(lambda pattern: pattern * 0.5)
+    with pytest.raises(NotImplementedError, match="takes its attention apart by head or text"):
+        run(lambda pattern: pattern[:, :2] @ torch.ones(2, 2, 61, 8, dtype=torch.float64))
 
 
 # The record

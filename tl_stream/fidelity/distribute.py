@@ -49,8 +49,9 @@ def distribute(
     config = replace(config or StreamConfig(), k=at_most, forward="exact", layout_from=None)
     kwargs["names_filter"] = lambda name: name.endswith("hook_attn_scores")
     _, cache = run_with_sparse_cache(model, tokens, config=config, **kwargs)
-    curves = {scores.origin.layer: curve(scores, config, at_most) for scores in cache.values()}
-    names = [(layer, head) for layer, found in curves.items() for head in range(len(found))]
+    found = [scores for scores in cache.values() if isinstance(scores, BlockSparseScores)]
+    curves = {scores._data.origin.layer: curve(scores, config, at_most) for scores in found}
+    names = [(layer, head) for layer, steps in curves.items() for head in range(len(steps))]
     steps = torch.cat(list(curves.values()))
     steps[:, 0] = torch.inf
     best = steps.flatten().topk(round(blocks * len(names))).indices // at_most
