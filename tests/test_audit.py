@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import families
@@ -51,6 +52,23 @@ def test_the_first_layer_is_the_dense_models(variant: str) -> None:
     for head in cache.audit(rows=[0, 7, 30, -1], sample=0).heads:
         if head.layer == 0:
             assert torch.tensor(head.retained).sub(kept[head.text, head.head, [0, 7, 30, 60]]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Llama", "Mistral", "Gemma 3"])
+@torch.no_grad()
+def test_under_the_exact_forward_all_layers_are_the_dense_models(family: str) -> None:
+    model, text = families.build(family, torch.float64), families.tokens(LENGTH)
+    config = replace(CONFIG, forward="exact")
+    _, cache = model.run_with_sparse_cache(text, config=config)
+    _, dense = model.run_with_cache(text)
+    _, sparse = model.run_with_sparse_cache(text, config=replace(CONFIG, layout_from=cache))
+    of_sparse = {(head.text, head.layer, head.head): head for head in sparse.audit().heads}
+    for head in cache.audit(rows=range(LENGTH), sample=0).heads:
+        kept = cache.block_layout(head.layer).to_dense()[head.text, head.head]
+        expected = (dense["pattern", head.layer][head.text, head.head] * kept).sum(-1)
+        assert torch.tensor(head.retained).sub(expected).abs().max() < 1e-6
+        if head.layer == 0:  # where both forwards have the same q and k
+            assert head.mean_estimated == pytest.approx(of_sparse[head.text, 0, head.head].mean_estimated, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT-OSS", "Gemma 3"])

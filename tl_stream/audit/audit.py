@@ -25,7 +25,7 @@ from tl_stream.audit.result import Audit, HeadAudit, RowsAudit
 from tl_stream.audit.rows import SoftmaxRows
 from tl_stream.audit.verdict import head_reasons, rows_reasons
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.retained import recomputable
+from tl_stream.tensors.retained import kept_lse
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, pattern: BlockSparseTensor, text: int, rows: int | Sequence[int]) -> _Layer:
         softmax = SoftmaxRows.of(pattern).text(text)
-        lse = recomputable(pattern)[0].row_lse()[text : text + 1]
+        lse = kept_lse(pattern)[text : text + 1]
         shown = torch.arange(softmax.shown.start, softmax.shown.stop, device=softmax.layout.device)
         counted = shown[softmax.counted()[0, shown]]
         chosen = counted[-rows:] if isinstance(rows, int) else _picked(shown, rows)

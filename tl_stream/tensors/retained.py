@@ -24,6 +24,12 @@ def retained_mass(pattern: BlockSparseTensor) -> Float[Tensor, "*batch_and_head 
     return pattern.drop_indexed(share.nan_to_num(1.0))  # a row that may read nothing loses nothing
 
 
+def kept_lse(pattern: BlockSparseTensor) -> Float[Tensor, "batch head_index query_pos"]:
+    """Log-sum-exp of every row over its kept keys, sink included."""
+    data, products = recomputable(pattern)
+    return products.attend(products.k[..., :0], data.layout, "gather")[1] if data.is_exact else data.row_lse()
+
+
 def _share_of_record(data: PatternData, products: Products) -> Tensor:
     """Of rows whose full log-sum-exp was recorded."""
     _, kept = replace(products, sink=None).attend(products.k[..., :0], data.layout, "gather")
