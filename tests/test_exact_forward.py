@@ -407,6 +407,7 @@ def test_a_cache_does_not_keep_the_graph_alive() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model, text = build("gqa"), tokens()
+    model(text)  # TransformerLens notes the batch's size in some modules
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     hooks = {name: dict(module._forward_pre_hooks) for name, module in model.named_modules()}
 
