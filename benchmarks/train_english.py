@@ -1,6 +1,6 @@
-"""Trains the English model on a CPU: `python benchmarks/english/train.py --out DIR [--packages DIR] [--seed 0]`.
+"""Trains the English model on a CPU: `python benchmarks/train_english.py --out DIR [--packages DIR] [--seed 0]`.
 
-It starts with the beginnings of an induction head (see circuit.py).
+It starts with the beginnings of an induction head (see english/circuit.py).
 
 1. Text, repeated passages and repeated random tokens, a quarter each or more, so that induction is general.
 2. Short windows of text, fewer repetitions. Positions jump ahead between paragraphs, so that the rotary embedding meets
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from batches import Drawer, Mixture
-from circuit import start_induction
-from corpus import training_texts
+from english.batches import Drawer, Mixture
+from english.circuit import start_induction
+from english.corpus import training_texts
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -155,7 +155,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--packages", type=Path, default=Path("english_packages"), help="where the Debian packages are, or go")
+    parser.add_argument("--packages", type=Path, default=Path("build/english"), help="where the Debian packages are, or go")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train(arguments.out, arguments.packages, arguments.seed)
