@@ -11,6 +11,7 @@ It starts with the beginnings of an induction head (see english/circuit.py).
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tl_stream.models.checkpoint import write_checksums
 from tl_stream.models.decoder import Decoder
-from tl_stream.models.train import learning_rate, loss_of
+from tl_stream.models.train import loss_of
 
 VOCABULARY = 4096
 MAX_POSITIONS = 131072
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ def build_model(config: LlamaConfig) -> Decoder:
     return model
 
 
+def learning_rate(stage: Stage, step: int) -> float:
+    """The rate at a step of a stage."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / stage.steps)
+    return (stage.end + (stage.start - stage.end) * cosine) * min(1.0, (step + 1) / max(1, stage.warmup))
+
+
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
     """All texts, one after another, with EOS between them."""
     encodings = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -121,7 +129,8 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes an ordinary Hugging Face checkpoint folder in bfloat16, with checksums."""
     exported = LlamaForCausalLM(model.config)
     exported.load_state_dict(model.state_dict())
-    exported.to(torch.bfloat16).save_pretrained(out)
+    torch.nn.Module.to(exported, torch.bfloat16)
+    exported.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_checksums(out)
 

@@ -74,7 +74,9 @@ class Drawer:
 
     def random_runs(self, length: int) -> tuple[list[int], list[float], list[int]]:
         """Runs of random tokens, each twice; only the second time counts, and positions may jump before any run."""
-        ids, weights, seams = [], [], []
+        ids: list[int] = []
+        weights: list[float] = []
+        seams: list[int] = []
         while len(ids) < length:
             run = [self.rng.randrange(self.size) for _ in range(self.rng.randint(12, LONGEST_RUN))]
             ids += [*run, *run]

@@ -5,10 +5,12 @@ Training at this size and for this long finds none by itself, repeated sequences
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from tl_stream.models.decoder import Decoder, rotary_base
+from tl_stream.models.decoder import Attention, Decoder, rotary_base
 
 CONSTANT = 0.1
 FAST_PAIRS = 8
@@ -29,7 +31,8 @@ def start_induction(model: Decoder) -> None:
     key is one position before the query. What it copies of a token are `d_head` numbers; the second takes some of these
     as its keys, the same numbers of its own token as its query, and copies the token it then finds.
     """
-    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    layers: Any = model.model.layers
+    first, second = layers[0].self_attn, layers[1].self_attn
     d_head, d_model = first.d_head, model.config.hidden_size
     fast, slow = torch.arange(FAST_PAIRS), torch.arange(d_head // 2 - SLOW_PAIRS, d_head // 2)
     angles = rotary_base(model.config) ** (-2 * fast / d_head)
@@ -45,7 +48,7 @@ def start_induction(model: Decoder) -> None:
     second.k_proj.weight[matched] = MATCH * _without_constant(write)[: len(matched)]
 
 
-def _copy(attention: nn.Module, read: Tensor, write: Tensor) -> None:
+def _copy(attention: Attention, read: Tensor, write: Tensor) -> None:
     d_head = read.shape[0]
     attention.v_proj.weight[:d_head] = _without_constant(read)
     attention.o_proj.weight[:, :d_head] = COPIED * _without_constant(write).T
