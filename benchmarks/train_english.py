@@ -55,9 +55,9 @@ class Stage:
 
 LONG = (256, 256, 512, 512, 1024, 1024, 2048, 4096)
 STAGES = (
-    Stage("induction", 100, 4096, 2e-3, 2e-3, Mixture(0.5, 0.25, 0.25, (128,), 0.3), warmup=30),
-    Stage("short", 400, 4096, 2e-3, 1.5e-3, Mixture(0.75, 0.15, 0.1, (192, 256, 320), 0.4)),
-    Stage("long", 280, 4096, 1.5e-3, 1e-5, Mixture(0.8, 0.15, 0.05, LONG, 0.6)),
+    Stage("induction", 80, 4096, 1e-3, 1e-3, Mixture(0.2, 0.4, 0.4, (128,), 0.3), warmup=60),
+    Stage("short", 420, 4096, 1.5e-3, 1.2e-3, Mixture(0.75, 0.15, 0.1, (192, 256, 320), 0.4)),
+    Stage("long", 300, 4096, 1.2e-3, 1e-5, Mixture(0.8, 0.15, 0.05, LONG, 0.6)),
 )
 
 
@@ -121,7 +121,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[i
 def progress(model: Decoder, drawer: Drawer) -> str:
     """Loss on each kind of sample of 1,024 tokens: text, repeated passages, second copies of random tokens."""
     kinds = {"text": (1.0, 0.0, 0.0), "repeats": (0.0, 1.0, 0.0), "random": (0.0, 0.0, 1.0)}
-    losses = {kind: loss_of(model, drawer.batch(Mixture(*shares, (1024,), 1.0), 4096)) for kind, shares in kinds.items()}
+    losses = {kind: loss_of(model, drawer.batch(Mixture(*shares, (1024,), 1.0), 2048)) for kind, shares in kinds.items()}
     return ", ".join(f"{kind} {loss.item():.3f}" for kind, loss in losses.items())
 
 
@@ -136,7 +136,7 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def train(out: Path, packages: Path, seed: int) -> None:
-    """Runs all stages; says how it goes, and saves, every 100 steps."""
+    """Runs all stages; says how it goes, and saves, every 40 steps."""
     torch.manual_seed(seed)
     texts = training_texts(packages)
     tokenizer = build_tokenizer(texts)
@@ -154,7 +154,7 @@ def train(out: Path, packages: Path, seed: int) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if (step + 1) % 100 == 0 or step + 1 == stage.steps:
+            if (step + 1) % 40 == 0 or step + 1 == stage.steps:
                 report = progress(model, Drawer(tokenizer, stream, MAX_POSITIONS, seed=1))
                 bar.write(f"{stage.name} {step + 1}: loss {loss.item():.3f}; {report}")
                 save(model, tokenizer, out)

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from tl_stream.models.decoder import Attention, Decoder, rotary_base
 
-CONSTANT = 0.1
+EMBEDDING = 2.0
+"""Factor on the embeddings, so that a token that the head copies gets a large enough logit to be learned from."""
+CONSTANT = 0.2
+"""The entry that all embeddings share."""
+PREVIOUS = 1.5
 FAST_PAIRS = 8
-"""Rotary pairs, the fastest, by which the first head tells the previous token from others."""
-SLOW_PAIRS = 12
-"""Rotary pairs, the slowest, in which the second head matches tokens at any distance."""
-MATCH = 1.75
-"""Factor on that head's queries and keys: a match stands out from chance by about eight nats."""
-COPIED = 0.05
-"""Factor on what the heads write, so that it is about as large as an embedding."""
+"""Factor on the first head's queries and keys, and the rotary pairs, the fastest, by which it tells the previous token."""
+MATCH = 3.5
+SLOW_PAIRS = 16
+"""Factor on the second head's, and the rotary pairs, the slowest, in which it matches tokens at any distance."""
+COPIED = 0.2, 0.6
+"""Factors on what the two heads write."""
 
 
 @torch.no_grad()
@@ -36,13 +39,14 @@ def start_induction(model: Decoder) -> None:
     d_head, d_model = first.d_head, model.config.hidden_size
     fast, slow = torch.arange(FAST_PAIRS), torch.arange(d_head // 2 - SLOW_PAIRS, d_head // 2)
     angles = rotary_base(model.config) ** (-2 * fast / d_head)
-    read, write, copy = (nn.init.orthogonal_(torch.empty(d_head, d_model)) for _ in range(3))
+    read, write, copy = nn.init.orthogonal_(torch.empty(3 * d_head, d_model)).split(d_head)
+    model.model.embed_tokens.weight *= EMBEDDING
     model.model.embed_tokens.weight[:, 0] = CONSTANT
-    first.q_proj.weight[fast, 0] = 1.0
-    first.k_proj.weight[fast, 0] = angles.cos()
-    first.k_proj.weight[fast + d_head // 2, 0] = angles.sin()
-    _copy(first, read, write)
-    _copy(second, copy, copy)
+    first.q_proj.weight[fast, 0] = PREVIOUS
+    first.k_proj.weight[fast, 0] = PREVIOUS * angles.cos()
+    first.k_proj.weight[fast + d_head // 2, 0] = PREVIOUS * angles.sin()
+    _copy(first, read, COPIED[0] * write)
+    _copy(second, copy, COPIED[1] * copy)
     matched = torch.cat([slow, slow + d_head // 2])
     second.q_proj.weight[matched] = MATCH * _without_constant(read)[: len(matched)]
     second.k_proj.weight[matched] = MATCH * _without_constant(write)[: len(matched)]
@@ -51,7 +55,7 @@ def start_induction(model: Decoder) -> None:
 def _copy(attention: Attention, read: Tensor, write: Tensor) -> None:
     d_head = read.shape[0]
     attention.v_proj.weight[:d_head] = _without_constant(read)
-    attention.o_proj.weight[:, :d_head] = COPIED * _without_constant(write).T
+    attention.o_proj.weight[:, :d_head] = _without_constant(write).T
 
 
 def _without_constant(weight: Tensor) -> Tensor:
