@@ -1,4 +1,4 @@
-"""Trains the English model on a CPU: `python benchmarks/train_english.py --out DIR [--packages DIR] [--seed 0]`.
+"""Trains the English model on a CPU: `python benchmarks/train_english.py --out DIR --packages DIR --seed 0`.
 
 It starts with the beginnings of an induction head (see english/circuit.py).
 
@@ -56,8 +56,8 @@ class Stage:
 LONG = (256, 256, 512, 512, 1024, 1024, 2048, 4096)
 STAGES = (
     Stage("induction", 80, 4096, 1e-3, 1e-3, Mixture(0.2, 0.4, 0.4, (128,), 0.3), warmup=60),
-    Stage("short", 420, 4096, 1.5e-3, 1.2e-3, Mixture(0.75, 0.15, 0.1, (192, 256, 320), 0.4)),
-    Stage("long", 300, 4096, 1.2e-3, 1e-5, Mixture(0.8, 0.15, 0.05, LONG, 0.6)),
+    Stage("short", 420, 2048, 1.2e-3, 1e-3, Mixture(0.75, 0.15, 0.1, (192, 256, 320), 0.4), warmup=20),
+    Stage("long", 260, 2048, 1e-3, 1e-5, Mixture(0.8, 0.15, 0.05, LONG, 0.6), warmup=20),
 )
 
 
@@ -135,17 +135,20 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     write_checksums(out)
 
 
-def train(out: Path, packages: Path, seed: int) -> None:
-    """Runs all stages; says how it goes, and saves, every 40 steps."""
+def train(out: Path, packages: Path, seed: int, first: str) -> None:
+    """Runs all stages from `first` on; says how it goes, and saves, every 70 steps."""
     torch.manual_seed(seed)
     texts = training_texts(packages)
     tokenizer = build_tokenizer(texts)
     stream = token_stream(tokenizer, texts)
     print(f"{len(texts)} texts, {sum(map(len, texts)):,} characters, {len(stream):,} tokens")
     model = build_model(model_config(tokenizer))
+    stages = STAGES[[stage.name for stage in STAGES].index(first) :]
+    if stages != STAGES:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict())
     drawer = Drawer(tokenizer, stream, MAX_POSITIONS, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
-    for stage in STAGES:
+    for stage in stages:
         for step in (bar := tqdm(range(stage.steps), desc=stage.name, mininterval=10)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(stage, step)
@@ -154,7 +157,7 @@ def train(out: Path, packages: Path, seed: int) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if (step + 1) % 40 == 0 or step + 1 == stage.steps:
+            if (step + 1) % 70 == 0 or step + 1 == stage.steps:
                 report = progress(model, Drawer(tokenizer, stream, MAX_POSITIONS, seed=1))
                 bar.write(f"{stage.name} {step + 1}: loss {loss.item():.3f}; {report}")
                 save(model, tokenizer, out)
@@ -166,8 +169,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--packages", type=Path, default=Path("build/english"), help="where the Debian packages are, or go")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--first", choices=[stage.name for stage in STAGES], default=STAGES[0].name, help="stage to go on with from --out"
+    )
     arguments = parser.parse_args()
-    train(arguments.out, arguments.packages, arguments.seed)
+    train(arguments.out, arguments.packages, arguments.seed, arguments.first)
 
 
 if __name__ == "__main__":
