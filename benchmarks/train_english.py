@@ -2,9 +2,9 @@
 
 It starts with the beginnings of an induction head (see english/circuit.py).
 
-1. Text, repeated passages and repeated random tokens, a quarter each or more, so that induction is general.
-2. Short windows of text, fewer repetitions. Positions jump ahead between paragraphs, so that the rotary embedding meets
-   the distances of long texts at the price of short ones.
+1. Repeated passages and repeated random tokens mostly, a fifth plain text: the head becomes useful, and general.
+2. Mostly short windows of text. Positions jump ahead between paragraphs, so that the rotary embedding meets the
+   distances of long texts at the price of short ones.
 3. Windows of up to 4,096 tokens, down to a low learning rate.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from english.batches import Drawer, Mixture
@@ -41,7 +42,8 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 class Stage:
     """Some steps on one mixture of about `tokens` tokens each; the learning rate goes from `start` to `end`.
 
-    It follows half a cosine, after `warmup` steps in which it rises from 0.
+    It follows half a cosine, after `warmup` steps in which it rises from 0. For the attention of the first two
+    layers it is `caution` times that: text alone would undo the induction head before it can make use of it.
     """
 
     name: str
@@ -51,13 +53,15 @@ class Stage:
     end: float
     mixture: Mixture
     warmup: int = 0
+    caution: float = 1.0
 
 
+SHORT = (192, 256, 320)
 LONG = (256, 256, 512, 512, 1024, 1024, 2048, 4096)
 STAGES = (
     Stage("induction", 80, 4096, 1e-3, 1e-3, Mixture(0.2, 0.4, 0.4, (128,), 0.3), warmup=60),
-    Stage("short", 420, 2048, 1.2e-3, 1e-3, Mixture(0.75, 0.15, 0.1, (192, 256, 320), 0.4), warmup=20),
-    Stage("long", 260, 2048, 1e-3, 1e-5, Mixture(0.8, 0.15, 0.05, LONG, 0.6), warmup=20),
+    Stage("short", 900, 2048, 1e-3, 8e-4, Mixture(0.6, 0.2, 0.2, SHORT, 0.4), warmup=20, caution=0.3),
+    Stage("long", 450, 2048, 8e-4, 1e-5, Mixture(0.7, 0.15, 0.15, LONG, 0.6), warmup=20, caution=0.3),
 )
 
 
@@ -117,6 +121,15 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[i
     return [token for ids in encodings for token in (*ids, tokenizer.eos_token_id)]
 
 
+def parameter_groups(model: Decoder) -> list[dict[str, Any]]:
+    """All other parameters, and those of the attention of the first two layers."""
+    layers: Any = model.model.layers
+    circuit = [layer.self_attn for layer in layers[:2]]
+    careful = {weight: None for attention in circuit for weight in attention.parameters()}
+    others = [weight for weight in model.parameters() if weight not in careful]
+    return [{"params": others}, {"params": list(careful)}]
+
+
 @torch.no_grad()
 def progress(model: Decoder, drawer: Drawer) -> str:
     """Loss on each kind of sample of 1,024 tokens: text, repeated passages, second copies of random tokens."""
@@ -136,7 +149,7 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def train(out: Path, packages: Path, seed: int, first: str) -> None:
-    """Runs all stages from `first` on; says how it goes, and saves, every 70 steps."""
+    """Runs all stages from `first` on; says how it goes, and saves, every 50 steps."""
     torch.manual_seed(seed)
     texts = training_texts(packages)
     tokenizer = build_tokenizer(texts)
@@ -147,17 +160,17 @@ def train(out: Path, packages: Path, seed: int, first: str) -> None:
     if stages != STAGES:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict())
     drawer = Drawer(tokenizer, stream, MAX_POSITIONS, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
     for stage in stages:
         for step in (bar := tqdm(range(stage.steps), desc=stage.name, mininterval=10)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(stage, step)
+            for group, factor in zip(optimizer.param_groups, (1.0, stage.caution), strict=True):
+                group["lr"] = factor * learning_rate(stage, step)
             loss = loss_of(model, drawer.batch(stage.mixture, stage.tokens))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if (step + 1) % 70 == 0 or step + 1 == stage.steps:
+            if (step + 1) % 50 == 0 or step + 1 == stage.steps:
                 report = progress(model, Drawer(tokenizer, stream, MAX_POSITIONS, seed=1))
                 bar.write(f"{stage.name} {step + 1}: loss {loss.item():.3f}; {report}")
                 save(model, tokenizer, out)
