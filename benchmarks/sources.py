@@ -1,6 +1,6 @@
 """Queries and keys to compare estimators on: text read by trained models, and constructed heads that are hard to estimate.
 
-Every source is a layer's (or a constructed layer's) post-rotary q and k, and which of its queries want something in particular.
+Every source is a layer's (or a constructed layer's) post-rotary q and k, and which of its queries count.
 Nothing here makes a T x T tensor; text of 32k tokens takes the time of full attention, not its memory.
 """
 
@@ -33,15 +33,20 @@ class Source:
         name: Where it comes from.
         q: Queries, after any rotary embedding.
         k: Keys, likewise; grouped as the model groups them.
-        readers: The queries that want something in particular; the others count for nothing. None: all count.
-        wanted: The key each of them wants.
+        readers: The queries that count: all of them, but in constructed heads those that want something in particular.
     """
 
     name: str
     q: Float[Tensor, "batch head_index query_pos d_head"]
     k: Float[Tensor, "batch kv_head_index key_pos d_head"]
-    readers: Int[Tensor, " reader"] | None = None
-    wanted: Int[Tensor, " reader"] | None = None
+    readers: Int[Tensor, " reader"]
+
+
+@dataclass(frozen=True)
+class Constructed(Source):
+    """A source of which is known which key each of the readers wants: `wanted`."""
+
+    wanted: Int[Tensor, " reader"]
 
 
 def english(tokens: int, part: int = 0) -> list[Source]:
@@ -73,11 +78,11 @@ def bundled_tasks(tokens: int, seed: int = 0) -> list[Source]:
 
 def induction(
     tokens: int = 8192, heads: int = 2, d_head: int = 64, strength: float = 1.5, shuffled: bool = False, seed: int = 0
-) -> Source:
+) -> Constructed:
     """Heads that look for what followed the same token earlier (arXiv:2209.11895), in random tokens of which each comes twice.
 
-    A key is the (Gaussian) embedding of the token before it, a query `strength` times the embedding of its own: scores are
-    normal with that standard deviation, except for the wanted key's, `strength * sqrt(d_head)`. With 1.5 and 64 that key
+    A key is the (random) embedding of the token before it, a query `strength` times the embedding of its own: scores are
+    about normal with that standard deviation, except for the wanted key's, `strength * sqrt(d_head)`. With 1.5 and 64 that key
     holds 87 % of a query's attention at 8,192 tokens.
 
     Args:
@@ -91,11 +96,11 @@ def induction(
     """
     generator = torch.Generator().manual_seed(seed)
     half = tokens // 2
-    embedding = torch.randn(1, heads, half, d_head, generator=generator)
+    embedding = directions(torch.randn(1, heads, half, d_head, generator=generator))
     order = torch.randperm(half, generator=generator) if shuffled else torch.arange(half)
     text = torch.cat([torch.arange(half), order])
-    first = torch.randn(1, heads, 1, d_head, generator=generator)
-    return Source(
+    first = directions(torch.randn(1, heads, 1, d_head, generator=generator))
+    return Constructed(
         name=f"induction {tokens}" + ", shuffled" * shuffled,
         q=strength * embedding[:, :, text],
         k=torch.cat([first, embedding[:, :, text[:-1]]], 2),
@@ -105,23 +110,28 @@ def induction(
 
 
 def needle(
-    tokens: int = 32768, readers: int = 1, block: int = 32, heads: int = 1, d_head: int = 64, norm: float = 2.0, seed: int = 0
-) -> Source:
+    tokens: int = 32768, readers: int = 1, block: int = 32, heads: int = 1, d_head: int = 64, norm: float = 1.75, seed: int = 0
+) -> Constructed:
     """One key among random ones, wanted by the first `readers` queries of every block of queries in the text's second half.
 
-    Keys and queries are Gaussian. The needle's key is `norm` times as long as it would be, and a reader is the same vector at
-    its usual length: its score is `norm * sqrt(d_head)` where the others' are normal with standard deviation 1. With 2 and 64
-    the needle holds 99 % of a reader's attention at 32,768 tokens. It lies in the middle of the first half, at no block's
-    edge and no block's centre.
+    Keys and queries have random directions. The needle's key is `norm` times as long as the others, and a reader points the
+    same way: its score is `norm * sqrt(d_head)` where others are about normal with standard deviation 1. With 1.75 and 64 the
+    needle holds 96 % of a reader's attention at 32,768 tokens. It lies in the middle of the first half, at no block's edge
+    and no block's centre.
     """
     generator = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(2, 1, heads, tokens, d_head, generator=generator)
+    q, k = directions(torch.randn(2, 1, heads, tokens, d_head, generator=generator))
     place = tokens // 4 + block // 4 + 1
     half = torch.arange(tokens // 2, tokens)
     reading = half[half % block < readers]
     q[:, :, reading] = k[:, :, place : place + 1]
     k[:, :, place] *= norm
-    return Source(f"needle {tokens}, {readers} of {block}", q, k, reading, torch.full_like(reading, place))
+    return Constructed(f"needle {tokens}, {readers} of {block}", q, k, reading, torch.full_like(reading, place))
+
+
+def directions(x: Float[Tensor, "*dims d_head"]) -> Float[Tensor, "*dims d_head"]:
+    """The same directions, every vector with a root mean square of 1."""
+    return x / x.square().mean(-1, keepdim=True).sqrt()
 
 
 def read_by(model: Any, text: Int[Tensor, "1 pos"], name: str) -> list[Source]:
@@ -136,8 +146,9 @@ def read_by(model: Any, text: Int[Tensor, "1 pos"], name: str) -> list[Source]:
     def heads_first(hook: str, layer: int) -> Tensor:
         return run[f"blocks.{layer}.attn.{hook}"].transpose(1, 2)
 
+    readers = torch.arange(text.shape[1])
     return [
-        Source(f"{name}, layer {layer}", heads_first("hook_rot_q", layer), heads_first("hook_rot_k", layer))
+        Source(f"{name}, layer {layer}", heads_first("hook_rot_q", layer), heads_first("hook_rot_k", layer), readers)
         for layer in range(model.cfg.n_layers)
     ]
 
