@@ -1,6 +1,6 @@
 """How well the English model reads: `python benchmarks/evaluate_english.py [--model DIR]`.
 
-1. Perplexity on the first 65,536 tokens of the held-out text, read in windows of 1,024, 8,192 and 32,768 tokens.
+1. Perplexity on the first 32,767 tokens of the held-out text, read in windows of 1,024, 8,192 and 32,768 tokens.
 2. Induction scores: 256 random tokens come twice, next to each other or 8,192 tokens apart. A head's score is its mean
    attention from a token's second occurrence to what followed the first one (TransformerLens's and Olsson et al. 2022's).
 """
@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 import tl_stream
 
-TOKENS = 65536
+TOKENS = 32767
 LENGTHS = (1024, 8192, 32768)
 RUN = 256
 DISTANCES = (256, 8192)
