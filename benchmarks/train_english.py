@@ -60,8 +60,8 @@ SHORT = (192, 256, 320)
 LONG = (256, 256, 512, 512, 1024, 1024, 2048, 4096)
 STAGES = (
     Stage("induction", 80, 4096, 1e-3, 1e-3, Mixture(0.2, 0.4, 0.4, (128,), 0.3), warmup=60),
-    Stage("short", 650, 2048, 1e-3, 8e-4, Mixture(0.6, 0.2, 0.2, SHORT, 0.4), warmup=20, caution=0.3),
-    Stage("long", 40, 2048, 8e-4, 1e-5, Mixture(0.7, 0.15, 0.15, LONG, 0.6), warmup=5, caution=0.3),
+    Stage("short", 4000, 4096, 1.5e-3, 3e-4, Mixture(0.75, 0.15, 0.1, SHORT, 0.4), warmup=20, caution=0.3),
+    Stage("long", 300, 8192, 3e-4, 1e-5, Mixture(0.75, 0.15, 0.1, LONG, 0.6), warmup=5, caution=0.3),
 )
 
 
@@ -149,7 +149,7 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def train(out: Path, packages: Path, seed: int, first: str) -> None:
-    """Runs all stages from `first` on; says how it goes, and saves, every 50 steps."""
+    """Runs all stages from `first` on; says how it goes, and saves, every 100 steps."""
     torch.manual_seed(seed)
     texts = training_texts(packages)
     tokenizer = build_tokenizer(texts)
@@ -170,7 +170,7 @@ def train(out: Path, packages: Path, seed: int, first: str) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if (step + 1) % 20 == 0 or step + 1 == stage.steps:
+            if (step + 1) % 100 == 0 or step + 1 == stage.steps:
                 report = progress(model, Drawer(tokenizer, stream, MAX_POSITIONS, seed=1))
                 bar.write(f"{stage.name} {step + 1}: loss {loss.item():.3f}; {report}")
                 save(model, tokenizer, out)
