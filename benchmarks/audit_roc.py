@@ -7,10 +7,11 @@ answers of the sparse model are flipped on purpose), followed by the dense model
 many small budgets, with Stream's choice of blocks and with two that don't look at the keys. An answer flipped where the most
 likely token differs from the dense model's at any of its rows.
 
-The audit, which sees the sparse run alone, gives each row the retained mass of its full softmax, mean over all layers and
-heads, and an answer the least of its rows. AUC is the probability that a flipped answer has less than one that stayed, ties
-counting half; "k alone" is how well the known number of kept keys does. The threshold is the one with the greatest (flips
-flagged - others flagged), Youden's J, on half of the seeds; its rates are those of the other half.
+The audit, which sees the sparse run alone, knows of each row which share of its full softmax was lost (mean over all layers
+and heads), and by how much the run's next token leads there, in probability. An answer's score is the greatest of its rows,
+of the lost mass, and of lost mass / lead. AUC is the probability that a flipped answer has more than one that stayed, ties
+counting half; "k alone" is how well the known number of kept keys does. The thresholds are those that flag the most flips
+and at most a tenth of the others, on half of the seeds; their rates are those of the other half.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from tl_stream.tasks import niah, reasoning_trace, variable_tracking
 TOKENS = 1024
 SENTENCES = 100
 FIRST_SEED = 10_000
+SCORES = {"lost": "lost mass", "doubt": "lost mass / lead"}
+FALSE_ALARMS = 0.1
 CONFIGS = [
     StreamConfig(block_q=block, block_k=block, k=k, estimator=estimator, seed=0)
     for estimator, blocks, budgets in (
@@ -75,7 +78,7 @@ def measure(model: Any, dense: Any, seed: int) -> Iterator[dict[str, Any]]:
             logits, cache = model.run_with_sparse_cache(
                 text, config=config, logits_to_keep=n, names_filter=lambda name: name.endswith("hook_pattern")
             )
-            audited = cache.audit(rows=n, sample=0).answers[0].retained
+            audited = cache.audit(rows=n, sample=0).answers[0]
             flipped = (logits.argmax(-1) != expected)[0].tolist()
             yield {
                 "task": name,
@@ -83,40 +86,47 @@ def measure(model: Any, dense: Any, seed: int) -> Iterator[dict[str, Any]]:
                 "block": config.block_k,
                 "k": config.k,
                 "estimator": config.estimator,
-                "retained": audited,
+                "retained": audited.retained,
+                "lead": audited.lead,
                 "flipped": flipped,
-                "score": min(audited),
+                "lost": 1 - min(audited.retained),
+                "doubt": max(audited.doubt or ()),
                 "flip": any(flipped),
             }
 
 
 def auc(rows: list[dict[str, Any]], scores: list[float]) -> float:
-    """Probability that a flipped answer has the lower score."""
+    """Probability that a flipped answer has the higher score."""
     flip, score = torch.tensor([row["flip"] for row in rows]), torch.tensor(scores, dtype=torch.float64)
-    low, high = score[flip][:, None], score[~flip]
-    return float(((low < high).double() + (low == high).double() / 2).mean())
+    high, low = score[flip][:, None], score[~flip]
+    return float(((high > low).double() + (high == low).double() / 2).mean())
 
 
-def curve(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Thresholds, and the shares of flipped and of other answers below each."""
-    flip, score = torch.tensor([row["flip"] for row in rows]), torch.tensor([row["score"] for row in rows])
-    thresholds = torch.linspace(0, 1, 201)
-    below = score < thresholds[:, None]
-    return thresholds, below[:, flip].double().mean(1), below[:, ~flip].double().mean(1)
+def curve(rows: list[dict[str, Any]], score: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholds, and the shares of flipped and of other answers above each."""
+    flip, scores = torch.tensor([row["flip"] for row in rows]), torch.tensor([row[score] for row in rows])
+    thresholds = torch.linspace(0, 2, 401)
+    above = scores > thresholds[:, None]
+    return thresholds, above[:, flip].double().mean(1), above[:, ~flip].double().mean(1)
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    chosen_on = [row for row in rows if row["seed"] % 4 < 2]
-    held_out = [row for row in rows if row["seed"] % 4 >= 2]
-    thresholds, hit, false = curve(chosen_on)
-    best = int((hit - false).argmax())
-    _, held_hit, held_false = curve(held_out)
-    groups = {"all": rows, **{name: [r for r in rows if r["task"] == name] for name in sorted({r["task"] for r in rows})}}
-    groups |= {f"{kind} blocks": [r for r in rows if r["estimator"] == kind] for kind in ("dual", "window", "random")}
+def verdict(rows: list[dict[str, Any]], score: str) -> dict[str, float]:
+    """The threshold chosen on half of the seeds, and what it flags in the other half."""
+    thresholds, _, false = curve([row for row in rows if row["seed"] % 4 < 2], score)
+    best = int((false <= FALSE_ALARMS).nonzero().min())
+    _, held_hit, held_false = curve([row for row in rows if row["seed"] % 4 >= 2], score)
     return {
         "threshold": float(thresholds[best]),
         "flagged_of_flipped": float(held_hit[best]),
         "flagged_of_others": float(held_false[best]),
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    groups = {"all": rows, **{name: [r for r in rows if r["task"] == name] for name in sorted({r["task"] for r in rows})}}
+    groups |= {f"{kind} blocks": [r for r in rows if r["estimator"] == kind] for kind in ("dual", "window", "random")}
+    return {
+        "verdicts": {score: verdict(rows, score) for score in SCORES},
         "groups": {name: group(part) for name, part in groups.items()},
     }
 
@@ -127,39 +137,43 @@ def group(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "answers": len(rows),
         "flips": flips,
-        "auc": auc(rows, [row["score"] for row in rows]) if mixed else None,
-        "auc_of_k_alone": auc(rows, [row["k"] * row["block"] for row in rows]) if mixed else None,
+        **{f"auc_of_{score}": auc(rows, [row[score] for row in rows]) if mixed else None for score in SCORES},
+        "auc_of_k": auc(rows, [-row["k"] * row["block"] for row in rows]) if mixed else None,
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table(title="Flipped answers, told from the retained mass of the sparse run alone")
-    for column in ("answers of", "number", "flipped", "AUC of the audit", "AUC of k alone"):
+    table = Table(title="Flipped answers, told from the sparse run alone")
+    for column in ("answers of", "number", "flipped", *(f"AUC of {name}" for name in (*SCORES.values(), "k alone"))):
         table.add_column(column, justify="right")
     for name, part in result["groups"].items():
-        figures = ("-" if part[key] is None else f"{part[key]:.3f}" for key in ("auc", "auc_of_k_alone"))
+        figures = ("-" if part[f"auc_of_{key}"] is None else f"{part[f'auc_of_{key}']:.3f}" for key in (*SCORES, "k"))
         table.add_row(name, str(part["answers"]), str(part["flips"]), *figures)
     Console().print(table)
-    Console().print(
-        f"Threshold {result['threshold']:.3f}: on the other half of the seeds it flags {result['flagged_of_flipped']:.1%} of "
-        f"the flipped answers and {result['flagged_of_others']:.1%} of the others."
-    )
+    for score, found in result["verdicts"].items():
+        Console().print(
+            f"{SCORES[score]} above {found['threshold']:.3f}: on the other half of the seeds "
+            f"{found['flagged_of_flipped']:.1%} of the flipped answers and {found['flagged_of_others']:.1%} of the others."
+        )
 
 
-def figure(rows: list[dict[str, Any]], result: dict[str, Any]) -> go.Figure:
+def drawn(rows: list[dict[str, Any]], result: dict[str, Any]) -> go.Figure:
     made = go.Figure()
-    for name in ("all", *sorted({row["task"] for row in rows})):
+    parts = [("all", score) for score in SCORES] + [(task, "doubt") for task in sorted({row["task"] for row in rows})]
+    for name, score in parts:
         part = [row for row in rows if name in ("all", row["task"])]
-        if result["groups"][name]["auc"] is not None:
-            thresholds, hit, false = curve(part)
-            label = f"{name} (AUC {result['groups'][name]['auc']:.3f})"
-            made.add_scatter(x=false.tolist(), y=hit.tolist(), text=[f"below {t:.3f}" for t in thresholds], name=label)
-    made.add_scatter(
-        x=[result["flagged_of_others"]], y=[result["flagged_of_flipped"]], mode="markers", marker_size=12,
-        name=f"threshold {result['threshold']:.3f}, on unseen seeds",
-    )  # fmt: skip
+        area = result["groups"][name][f"auc_of_{score}"]
+        if area is not None:
+            thresholds, hit, false = curve(part, score)
+            label = f"{name}: {SCORES[score]} (AUC {area:.3f})"
+            made.add_scatter(x=false.tolist(), y=hit.tolist(), text=[f"above {t:.3f}" for t in thresholds], name=label)
+    for score, found in result["verdicts"].items():
+        made.add_scatter(
+            x=[found["flagged_of_others"]], y=[found["flagged_of_flipped"]], mode="markers", marker_size=12,
+            name=f"{SCORES[score]} above {found['threshold']:.3f}, on unseen seeds",
+        )  # fmt: skip
     return made.update_layout(
-        title="Flipped answers told from the retained mass of their rows",
+        title="Flipped answers told from the sparse run alone",
         xaxis_title="share of unflipped answers flagged",
         yaxis_title="share of flipped answers flagged",
         template="plotly_white",
@@ -182,7 +196,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps({**result, "rows": rows}, indent=1))
     if options.html:
-        figure(rows, result).write_html(options.html, include_plotlyjs="cdn")
+        drawn(rows, result).write_html(options.html, include_plotlyjs="cdn")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import families
@@ -17,7 +18,7 @@ from tl_stream import StreamConfig
 from tl_stream.audit.estimate import estimated_mass
 from tl_stream.audit.interval import mean_interval
 from tl_stream.audit.rows import SoftmaxRows
-from tl_stream.audit.verdict import HEAD_THRESHOLD, ROW_THRESHOLD
+from tl_stream.audit.verdict import DOUBT_THRESHOLD, HEAD_THRESHOLD, ROW_THRESHOLD
 
 CONFIG = StreamConfig(block_q=8, block_k=8, k=2, beam=1, max_dense=0)
 LENGTH = 61
@@ -217,7 +218,7 @@ def test_rows_of_a_slice_count_as_shown() -> None:
 
 @torch.no_grad()
 def test_verdicts_give_reasons() -> None:
-    _, cache = build().run_with_sparse_cache(
+    logits, cache = build().run_with_sparse_cache(
         tokens(LENGTH), config=StreamConfig(block_q=8, block_k=8, k=1, beam=1, max_dense=0)
     )
     result = cache.audit(rows=2, sample=1000)
@@ -226,8 +227,36 @@ def test_verdicts_give_reasons() -> None:
         assert head.trusted == (not low and head.mean_high >= HEAD_THRESHOLD)
         assert any("of what it reads" in reason for reason in head.reasons) == low
     assert result.doubtful
-    for answer in result.answers:
-        assert answer.trusted == (min(answer.retained) >= ROW_THRESHOLD)
+    leads = logits.softmax(-1).topk(2, -1).values[:, -2:]
+    for answer, lead in zip(result.answers, leads[..., 0] - leads[..., 1], strict=True):
+        assert answer.lead == pytest.approx(lead.tolist(), abs=1e-6)
+        doubt = [(1 - mass) / lead for mass, lead in zip(answer.retained, answer.lead, strict=True)]
+        assert answer.doubt == pytest.approx(doubt)
+        assert answer.trusted == (max(doubt) <= DOUBT_THRESHOLD)
+
+
+@torch.no_grad()
+def test_without_logits_the_verdict_goes_by_mass_alone() -> None:
+    model = build()
+    _, whole = model.run_with_sparse_cache(tokens(LENGTH), config=CONFIG)
+    _, stopped = model.run_with_sparse_cache(tokens(LENGTH), config=CONFIG, stop_at_layer=3)
+    _, short = model.run_with_sparse_cache(tokens(LENGTH), config=CONFIG, logits_to_keep=2)
+    for cache, rows in ((stopped, 1), (short, 3)):
+        for answer in cache.audit(rows, sample=0).answers:
+            assert answer.lead is None
+            assert answer.doubt is None
+            assert answer.trusted == (min(answer.retained) >= ROW_THRESHOLD)
+    assert short.audit(2, sample=0).answers == whole.audit(2, sample=0).answers
+
+
+@torch.no_grad()
+def test_leads_stay_with_their_texts(tmp_path: Path) -> None:
+    _, cache = build().run_with_sparse_cache(tokens(LENGTH), config=CONFIG)
+    second = cache.audit(sample=0).answers[1]
+    assert cache.apply_slice_to_batch_dim(1).audit(sample=0).answers[0].lead == second.lead
+    assert cache.apply_slice_to_batch_dim((1, 2)).audit(sample=0).answers[0].lead == second.lead
+    cache.save(tmp_path / "cache")
+    assert tl_stream.SparseActivationCache.load(tmp_path / "cache").audit(sample=0).answers[1] == second
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
+from transformer_lens.utilities import Slice
 
 from tl_stream.audit import Audit, audit
 from tl_stream.config import StreamConfig
@@ -23,6 +24,7 @@ from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
 from tl_stream.tensors.wrapper import SparseTensor
 
+KNOWN_POSITIONS = 256
 _FORMAT = "tl_stream.SparseActivationCache/1"
 
 
@@ -35,6 +37,9 @@ class SparseActivationCache(ActivationCache):
     Attributes:
         config: The config of the run.
         fallbacks: How often an operation unknown to the sparse tensors was made dense so far, by its name.
+        lead: By how much the run's most likely next token is more probable than the second, at the last positions (at most
+            `KNOWN_POSITIONS`), in the order of the text; the audit's verdict on an answer goes by it. None: the run gave
+            no logits.
     """
 
     def __init__(
@@ -45,8 +50,10 @@ class SparseActivationCache(ActivationCache):
         *,
         config: StreamConfig,
         fallbacks: Counter[str] | None = None,
+        lead: Float[Tensor, "batch pos"] | None = None,
     ) -> None:
         super().__init__(cache_dict, model, has_batch_dim)
+        self.lead = lead
         self.config = config
         self.fallbacks: Counter[str] = Counter() if fallbacks is None else fallbacks
 
@@ -57,8 +64,11 @@ class SparseActivationCache(ActivationCache):
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> SparseActivationCache:
         """As `ActivationCache.apply_slice_to_batch_dim`; patterns stay sparse."""
         part = super().apply_slice_to_batch_dim(batch_slice)
+        lead = self.lead
+        if lead is not None:
+            lead = lead[Slice.unwrap(batch_slice).apply(torch.arange(len(lead), device=lead.device)).reshape(-1)]
         return SparseActivationCache(
-            part.cache_dict, self.model, part.has_batch_dim, config=self.config, fallbacks=self.fallbacks
+            part.cache_dict, self.model, part.has_batch_dim, config=self.config, fallbacks=self.fallbacks, lead=lead
         )
 
     @property
@@ -131,7 +141,7 @@ class SparseActivationCache(ActivationCache):
             IndexError: A row out of range.
             TypeError: A pattern was written to.
         """
-        return audit(self.patterns, rows, sample, confidence=confidence, seed=seed)
+        return audit(self.patterns, rows, sample, lead=self.lead, confidence=confidence, seed=seed)
 
     def memory(self) -> dict[str, int]:
         """Bytes that each activation keeps alive; memory that several share is counted at the first of them."""
@@ -157,6 +167,7 @@ class SparseActivationCache(ActivationCache):
             "activations": {name: packer.pack(tensor) for name, tensor in self.cache_dict.items()},
             "config": self.config.to_json(),
             "has_batch_dim": self.has_batch_dim,
+            "lead": None if self.lead is None else packer.pack(self.lead),
         }
         path = Path(path)
         part = path.with_name(path.name + ".part")
@@ -187,7 +198,15 @@ class SparseActivationCache(ActivationCache):
         config, fallbacks = StreamConfig.from_json(description["config"]), Counter[str]()
         unpacker = Unpacker(tensors, config, fallbacks)
         activations = {name: unpacker.unpack(entry) for name, entry in description["activations"].items()}
-        return cls(activations, model, description["has_batch_dim"], config=config, fallbacks=fallbacks)
+        lead = description.get("lead")
+        return cls(
+            activations,
+            model,
+            description["has_batch_dim"],
+            config=config,
+            fallbacks=fallbacks,
+            lead=None if lead is None else unpacker.unpack(lead),
+        )
 
     def __repr__(self) -> str:
         pruned = f", pruned={self.pruned:.4f}" if self.patterns else ""

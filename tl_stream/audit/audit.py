@@ -34,6 +34,7 @@ def audit(
     rows: int | Sequence[int] = 1,
     sample: int = 64,
     *,
+    lead: Float[Tensor, "batch pos"] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Audit:
@@ -51,7 +52,7 @@ def audit(
         layers = {layer: _Layer.of(pattern, text, rows) for layer, pattern in sorted(patterns.items())}
         for layer, part in layers.items():
             heads += part.heads(text, layer, sample, confidence, torch.Generator().manual_seed(seed))
-        answers.append(_rows_audit(text, layers))
+        answers.append(_rows_audit(text, layers, None if lead is None else lead[text]))
     return Audit(heads=tuple(heads), answers=tuple(answers), sample=sample, confidence=confidence)
 
 
@@ -119,11 +120,19 @@ class _Layer(NamedTuple):
         return (self.chosen - self.softmax.shown.start).tolist()
 
 
-def _rows_audit(text: int, layers: dict[int, _Layer]) -> RowsAudit:
+def _rows_audit(text: int, layers: dict[int, _Layer], lead: Float[Tensor, " pos"] | None) -> RowsAudit:
     """The chosen rows, over all layers and heads."""
     mass = torch.stack([part.exact.mean(0) for part in layers.values()]).mean(0)
-    numbers = next(iter(layers.values()))._numbers
-    return RowsAudit(text, tuple(numbers), tuple(mass.tolist()), rows_reasons(mass, numbers))
+    first = next(iter(layers.values()))
+    lead = None if lead is None else _at(lead, first.chosen, first.softmax.layout.mask.query_length)
+    known = None if lead is None else tuple(lead.tolist())
+    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), known, rows_reasons(mass, lead, first._numbers))
+
+
+def _at(lead: Float[Tensor, " pos"], rows: Int[Tensor, " row"], length: int) -> Float[Tensor, " row"] | None:
+    """What is known of the last positions of a text of some length, at its rows; None where it isn't known of all."""
+    index = rows - (length - len(lead))
+    return None if bool((index < 0).any()) else lead.to(rows.device)[index]
 
 
 def _picked(shown: Tensor, rows: Sequence[int]) -> Tensor:

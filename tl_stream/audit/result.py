@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas
+import torch
 from rich.table import Table
 
 from tl_stream.audit import records
+from tl_stream.audit.verdict import lost_per_lead
 
 _ESTIMATE = "Estimates (~) are no bounds; beside them their mean error in the rows that are known exactly."
 
@@ -54,18 +56,29 @@ class RowsAudit:
         text: Index in the batch.
         rows: Query positions, as the cached patterns number them.
         retained: Retained mass of each row, mean over all cached layers and heads, exact.
+        lead: By how much the run's own most likely next token is more probable than the second, in each row; None: it isn't
+            known for all of them (the run gave no logits, or the rows are too far from the text's end).
         reasons: Why not to trust what the model computes there; empty: no reason found.
     """
 
     text: int
     rows: tuple[int, ...]
     retained: tuple[float, ...]
+    lead: tuple[float, ...] | None
     reasons: tuple[str, ...]
 
     @property
     def trusted(self) -> bool:
         """Whether no reason was found not to trust these rows."""
         return not self.reasons
+
+    @property
+    def doubt(self) -> tuple[float, ...] | None:
+        """Lost mass / lead of each row, what the verdict goes by where the lead is known: small where little is lost, and
+        where the model is sure enough for that not to matter."""
+        if self.lead is None:
+            return None
+        return tuple(lost_per_lead(torch.tensor(self.retained), torch.tensor(self.lead)).tolist())
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 # A head that keeps less than this shows less than half of what it reads.
 HEAD_THRESHOLD = 0.5
-# Of the mean over all layers and heads in a row. Chosen by benchmarks/audit_roc.py on the bundled model: on texts that didn't
-# choose it, it flags 88 % of the answers that the sparse run flipped and 15 % of the others (area under the ROC curve: 0.94).
-# 0.7 would flag 97 % and 36 %, 0.5 64 % and 3 %. Another model may need another threshold.
-ROW_THRESHOLD = 0.63
+# Of a row: its retained mass, mean over all layers and heads; where the run's logits are known, `lost_per_lead`. Chosen by
+# benchmarks/audit_roc.py on the bundled model: those that flag the most flipped answers and at most a tenth of the others. On
+# texts that didn't choose them, they flag 82 % and 95 % of the answers that the sparse run flipped, 9 % and 10 % of the others
+# (area under the ROC curve: 0.93 and 0.97). Another model may need others.
+ROW_THRESHOLD = 0.585
+DOUBT_THRESHOLD = 0.43
 
 
 def head_reasons(exact: Float[Tensor, " row"], rows: Sequence[int], mean_high: float, confidence: float) -> tuple[str, ...]:
@@ -32,19 +35,30 @@ def head_reasons(exact: Float[Tensor, " row"], rows: Sequence[int], mean_high: f
     return tuple(reasons)
 
 
-def rows_reasons(mass: Float[Tensor, " row"], rows: Sequence[int]) -> tuple[str, ...]:
+def lost_per_lead(mass: Float[Tensor, " row"], lead: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """Lost mass / lead: 0 where nothing is lost, however unsure the model is."""
+    lost = (1 - mass).clamp(min=0)
+    return torch.where(lost > 0, lost / lead, lost)
+
+
+def rows_reasons(mass: Float[Tensor, " row"], lead: Float[Tensor, " row"] | None, rows: Sequence[int]) -> tuple[str, ...]:
     """Why not to trust what the model computes in the chosen rows.
 
     Args:
         mass: Retained mass of each, mean over layers and heads.
+        lead: By how much the most likely next token is more probable than the second, in each; None: not known.
         rows: Their positions.
     """
     if not len(mass):
         return ("no chosen row counts: all of them are padding",)
-    least = float(mass.min())
-    if least >= ROW_THRESHOLD:
+    if lead is None:
+        worst = int(mass.argmin())
+        doubtful, why = float(mass[worst]) < ROW_THRESHOLD, f"below {ROW_THRESHOLD:.1%}"
+    else:
+        doubt = lost_per_lead(mass, lead)
+        worst = int(doubt.argmax())
+        doubtful = float(doubt[worst]) > DOUBT_THRESHOLD
+        why = f"and its next token leads by {float(lead[worst]):.1%}: more than {DOUBT_THRESHOLD:g} of that is lost"
+    if not doubtful:
         return ()
-    return (
-        f"row {rows[int(mass.argmin())]} keeps {least:.1%} over all heads, below {ROW_THRESHOLD:.0%}: "
-        "the dense model may answer otherwise",
-    )
+    return (f"row {rows[worst]} keeps {float(mass[worst]):.1%} over all heads, {why}; the dense model may answer otherwise",)

@@ -18,14 +18,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.budget_result import BudgetSearch, Evaluation
 from tl_stream.fidelity.criteria import METRICS, Criterion, Metric, SameTokens, SmallMetric
-from tl_stream.hosts.hooks import to_all_tokens
+from tl_stream.hosts.hooks import as_prompt
 
 Vary = Callable[[int], StreamConfig]
 
@@ -72,7 +71,7 @@ def find_budget(
         UserWarning: A larger budget failed than the one found.
     """
     config = StreamConfig() if config is None else config
-    prompt = _prompt(model, tokens)
+    prompt = as_prompt(model, tokens)
     _check_match(match, prompt, model.cfg.n_ctx)
     steps = 0 if metric is not None else match - 1
     low = max(1, config.keep_local + config.keep_sink) if low is None else low
@@ -143,18 +142,6 @@ def _criterion(
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
     function = METRICS[metric] if isinstance(metric, str) else metric
     return SmallMetric(model, prompt, function, name, threshold, dense)
-
-
-def _prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
-    if isinstance(tokens, str):
-        tokens = to_all_tokens(model, tokens)
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dim() not in (1, 2):
-        found = f"of shape {tuple(tokens.shape)} and {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens was {found}; expected integers [batch, pos] or [pos], or text.")
-    prompt = tokens if tokens.dim() == 2 else tokens[None]
-    if not prompt.numel():
-        raise ValueError(f"tokens were of shape {tuple(tokens.shape)}; expected at least one token.")
-    return prompt
 
 
 def _check_match(match: Any, prompt: Tensor, n_ctx: int) -> None:

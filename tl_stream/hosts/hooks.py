@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -74,6 +75,23 @@ def to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     if len(args) < 4:
         kwargs.setdefault("truncate", False)
     return check_length(type(model).to_tokens(model, input, *args, **kwargs), None, model.cfg.n_ctx)
+
+
+def as_prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
+    """Text or tokens `[pos]` or `[batch, pos]` as tokens `[batch, pos]`.
+
+    Raises:
+        TypeError: Neither.
+        ValueError: No tokens.
+    """
+    if isinstance(tokens, str):
+        tokens = to_all_tokens(model, tokens)
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dim() not in (1, 2):
+        found = f"of shape {tuple(tokens.shape)} and {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens was {found}; expected integers [batch, pos] or [pos], or text.")
+    if not tokens.numel():
+        raise ValueError(f"tokens were of shape {tuple(tokens.shape)}; expected at least one token.")
+    return tokens if tokens.dim() == 2 else tokens[None]
 
 
 def check_length(x: Tensor, hook: Any, n_ctx: int) -> Tensor:

@@ -1,0 +1,182 @@
+"""What a search for flips found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas
+import plotly.graph_objects as go
+from rich.table import Table
+
+from tl_stream.audit import records
+from tl_stream.audit.verdict import DOUBT_THRESHOLD
+from tl_stream.config import StreamConfig
+
+RUNS = ("vanilla", "sparse", "k1", "k_adv", "k2")
+
+
+@dataclass(frozen=True)
+class FlipRun:
+    """One run of one prompt.
+
+    Attributes:
+        k: Kept key blocks a query block; None: nothing is pruned.
+        same: Whether it gives the answer that the dense model gives without inserted tokens.
+        pruned: Share of the token pairs dropped, over all layers and heads.
+        retained: Retained mass, mean over layers and heads, of the answer's row that the audit doubts most: from this run
+            alone, exact for its own queries and keys.
+        lead: By how much this run's next token is more probable than the second in that row.
+        trusted: Whether the audit finds no reason to doubt those rows.
+    """
+
+    k: int | None
+    same: bool
+    pruned: float
+    retained: float
+    lead: float
+    trusted: bool
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One prompt.
+
+    Attributes:
+        prompt: Its index.
+        answer: What the dense model says next, without inserted tokens.
+        inserted: The tokens after which the sparse model says something else while the dense one doesn't; or, where none were
+            found, those that came nearest.
+        tried: How many insertions were tried.
+        vanilla: The dense model, with the tokens.
+        sparse: The sparse model, without them.
+        k1: The sparse model, with them, at half the budget; None: there is no smaller one.
+        k_adv: The sparse model, with them, at the budget that was attacked.
+        k2: The same at the first larger budget (doubling) that gives the answer again; None: only the full one does.
+    """
+
+    prompt: int
+    answer: tuple[int, ...]
+    inserted: tuple[int, ...]
+    tried: int
+    vanilla: FlipRun
+    sparse: FlipRun
+    k1: FlipRun | None
+    k_adv: FlipRun
+    k2: FlipRun | None
+
+    @property
+    def found(self) -> bool:
+        """Whether the inserted tokens make the sparse model answer differently, and leave the dense one's answer."""
+        return self.vanilla.same and not self.k_adv.same
+
+    @property
+    def is_artefact(self) -> bool:
+        """Whether a flip comes and goes with the budget: still there below it, gone at a larger one that prunes."""
+        return self.found and (self.k1 is None or not self.k1.same) and self.k2 is not None
+
+    @property
+    def runs(self) -> dict[str, FlipRun]:
+        """The runs there are, by name."""
+        return {name: run for name in RUNS if (run := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What `find_flips` found.
+
+    Attributes:
+        prompts: One entry for each.
+        config: The config that was attacked.
+        method: How tokens were searched for.
+        exact_for: What the numbers are exact for.
+    """
+
+    prompts: tuple[Flip, ...]
+    config: StreamConfig
+    method: str
+    exact_for: str = "answers: the dense and the sparse model; retained mass: each sparse run's own queries and keys"
+
+    @property
+    def sparse_runs(self) -> Iterator[FlipRun]:
+        """All runs that pruned: what an audit can be judged by."""
+        return (run for flip in self.prompts for run in flip.runs.values() if run.k is not None)
+
+    @property
+    def flagged(self) -> float | None:
+        """Share of the sparse runs with another answer that the audit, which sees no dense one, doubts; None: no such run."""
+        return _share([not run.trusted for run in self.sparse_runs if not run.same])
+
+    @property
+    def false_alarms(self) -> float | None:
+        """Share of the sparse runs with the dense answer that it doubts, too; None: no such run."""
+        return _share([not run.trusted for run in self.sparse_runs if run.same])
+
+    def same(self, run: str) -> float | None:
+        """Share of the prompts with the dense answer in a run (one of `RUNS`); None: no such run."""
+        return _share([found.same for flip in self.prompts if (found := flip.runs.get(run)) is not None])
+
+    def table(self) -> Table:
+        """Of each prompt, whether each run gives the dense answer, and at which budget."""
+        cells = [
+            [flip.prompt, flip.tried, *(_said(flip.runs.get(name)) for name in RUNS), _verdict(flip)] for flip in self.prompts
+        ]
+        shares = [self.same(name) for name in RUNS]
+        if cells:
+            cells.append(["all", "", *("-" if share is None else f"{share:.0%}" for share in shares), self._found()])
+        caption = f"Runs that give the dense model's answer (budget, the audit's verdict). {self._audited()}"
+        return records.table(f"Flips by {self.method}", ("prompt", "tried", *RUNS, "verdict"), cells, caption)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row a prompt and run."""
+        rows = [
+            {"prompt": flip.prompt, "run": name, "found": flip.found, "is_artefact": flip.is_artefact, **records.record(run)}
+            for flip in self.prompts
+            for name, run in flip.runs.items()
+        ]
+        return pandas.DataFrame(rows)
+
+    def plot(self) -> go.Figure:
+        """What every sparse run lost, against its lead; the audit doubts those above the line."""
+        made = go.Figure()
+        for name, same in (("the dense answer", True), ("another answer", False)):
+            runs = [run for run in self.sparse_runs if run.same == same]
+            lost = [1 - run.retained for run in runs]
+            said = [f"k = {run.k}" for run in runs]
+            made.add_scatter(x=[run.lead for run in runs], y=lost, text=said, name=name, mode="markers")
+        made.add_scatter(x=[0, 1], y=[0, DOUBT_THRESHOLD], name="the audit's threshold", mode="lines")
+        return made.update_layout(
+            title=f"Flips by {self.method}: {self._found()}",
+            xaxis_title="lead of the next token in the answer's worst row",
+            yaxis_title="lost mass in that row",
+            template="plotly_white",
+        )
+
+    def _found(self) -> str:
+        artefacts = sum(flip.is_artefact for flip in self.prompts)
+        return f"{sum(flip.found for flip in self.prompts)} of {len(self.prompts)} flipped, {artefacts} by sparsity alone"
+
+    def _audited(self) -> str:
+        shares = ["-" if share is None else f"{share:.0%}" for share in (self.flagged, self.false_alarms)]
+        return f"The audit doubts {shares[0]} of the runs with another answer and {shares[1]} of those with the dense one."
+
+    def __repr__(self) -> str:
+        return f"Flips({self._found()}. {self._audited()})"
+
+
+def _share(flags: list[bool]) -> float | None:
+    return sum(flags) / len(flags) if flags else None
+
+
+def _said(run: FlipRun | None) -> str:
+    if run is None:
+        return "-"
+    budget = "all" if run.k is None else f"k = {run.k}"
+    return f"{'same' if run.same else 'other'} ({budget}, {'trusted' if run.trusted else 'doubted'})"
+
+
+def _verdict(flip: Flip) -> str:
+    if not flip.found:
+        return "not flipped"
+    verdict = "flipped by sparsity alone" if flip.is_artefact else "flipped"
+    return verdict if flip.sparse.same else f"{verdict}, without tokens too"
