@@ -1,5 +1,34 @@
 """Analyses of what a sparse cache shows: what heads do, and where information flows."""
 
+from tl_stream.analysis.attention_flow import flow_names
+from tl_stream.analysis.cutting import cut_edges, random_edges
+from tl_stream.analysis.flow_graph import FlowEdge, FlowGraph
+from tl_stream.analysis.head_result import HeadScore, HeadScores
 from tl_stream.analysis.head_scores import head_scores
+from tl_stream.analysis.information_flow import information_flow
+from tl_stream.analysis.over_squashing import over_squashing
+from tl_stream.analysis.path_sums import PathSums
+from tl_stream.analysis.route_comparison import HeadDifference, RouteComparison, compare_routes
+from tl_stream.analysis.route_result import Edge, NeedleRoutes, Route
+from tl_stream.analysis.routes import needle_routes
 
-__all__ = ["head_scores"]
+__all__ = [
+    "Edge",
+    "FlowEdge",
+    "FlowGraph",
+    "HeadDifference",
+    "HeadScore",
+    "HeadScores",
+    "NeedleRoutes",
+    "PathSums",
+    "Route",
+    "RouteComparison",
+    "compare_routes",
+    "cut_edges",
+    "flow_names",
+    "head_scores",
+    "information_flow",
+    "needle_routes",
+    "over_squashing",
+    "random_edges",
+]

@@ -1,12 +1,12 @@
 """How much of a residual stream after attention each kept entry, and the stream before it, brought about.
 
-Information-flow routes (Ferrando & Voita 2024, arXiv:2403.00824, section 2): attention adds to the residual stream x_i of a position
-the vectors A_ij v_j W_O, one for each key j and head. The importance of a part p of their sum y is
+Information-flow routes (Ferrando & Voita 2024, arXiv:2403.00824, section 2): attention adds to the residual stream x_i of a
+position the vectors A_ij v_j W_O, one for each key j and head. The importance of a part p of their sum y is
 
     max(|y|_1 - |y - p|_1, 1e-5), over the sum of that over all parts;
 
-the parts are these vectors and x_i. (The output's bias is in y, and is no part.) So the weights of all edges into a position sum
-to 1: going backwards along them is a walk, and a product of weights is the probability of its path.
+the parts are these vectors and x_i. (The output's bias is in y, and is no part.) So the weights of all edges into a position
+sum to 1: going backwards along them is a walk, and a product of weights is the probability of its path.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def flow_names(name: str) -> bool:
     return name.endswith(_NEEDED)
 
 
-def importance(whole: Float[Tensor, "*rows d_model"], part: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
-    """`max(|whole|_1 - |whole - part|_1, 1e-5)`."""
+def importance(whole: Float[Tensor, "*#rows d_model"], part: Float[Tensor, "*#rows d_model"]) -> Float[Tensor, "*rows"]:
+    """`max(|whole|_1 - |whole - part|_1, 1e-5)`; the two broadcast."""
     return (whole.abs().sum(-1) - (whole - part).abs().sum(-1)).clamp(min=EPSILON)
 
 
@@ -84,7 +84,9 @@ class AttentionFlow:
         attn = model.blocks[layer].attn
         weights = getattr(attn, "W_O", None)
         if weights is None or weights.dim() != 3 or weights.shape[0] != entries.n_heads:
-            raise ValueError(f"The attention of layer {layer} shows no W_O [head_index, d_head, d_model]; routes can't be weighed.")
+            raise ValueError(
+                f"The attention of layer {layer} shows no W_O [head_index, d_head, d_model]; routes can't be weighed."
+            )
         d_v = weights.shape[1]
         by_head = [activation(cache, name, layer, text).flatten(1).unflatten(1, (-1, d_v)) for name in ("v", "z")]
         flow = cls(
@@ -121,8 +123,7 @@ class AttentionFlow:
         moved = self.moved(head, key_pos)
         step = max(1, CHUNK_NUMBERS // max(moved.numel(), 1))
         parts = [
-            importance(y[:, None], a[..., None] * moved)
-            for y, a in zip(whole.split(step), weight.split(step), strict=True)
+            importance(y[:, None], a[..., None] * moved) for y, a in zip(whole.split(step), weight.split(step), strict=True)
         ]
         return torch.cat(parts)
 
@@ -143,12 +144,13 @@ class AttentionFlow:
             agree &= _close(torch.einsum("hk,hkd->hd", run.weight[:, 0, row], self.v[keys, kv_head[:, None]]), z[-1])
         if not agree:
             raise ValueError(
-                f"In layer {layer} attention does not add pattern @ v @ W_O + b_O to the residual stream (it is normed, gated or "
-                "scaled on the way), so that its parts can't be weighed. Expected a model in which it does, as in GPT-2 and Llama."
+                f"In layer {layer} attention does not add pattern @ v @ W_O + b_O to the residual stream (it is normed, gated "
+                "or scaled on the way), so that its parts can't be weighed. Expected a model in which it does, as in GPT-2 and "
+                "Llama."
             )
 
 
-def activation(cache: Any, name: str, layer: int, text: int) -> Float[Tensor, "pos *rest"]:
+def activation(cache: Any, name: str, layer: int, text: int) -> Float[Tensor, pos * rest]:
     """A cached activation of one text, in float32 or better.
 
     Raises:
@@ -160,7 +162,7 @@ def activation(cache: Any, name: str, layer: int, text: int) -> Float[Tensor, "p
         raise KeyError(
             f"The cache lacks {name!r} of layer {layer}; expected it beside the pattern. Run with "
             "names_filter=tl_stream.analysis.flow_names, or without names_filter. (Models whose attention and MLP run in "
-            "parallel have no 'resid_mid', and can't be analysed so.)"
+            "parallel, or that have no MLP, have no 'resid_mid', and can't be analysed so.)"
         ) from None
     found = found[text] if cache.has_batch_dim else found
     return found.detach().to(torch.promote_types(found.dtype, torch.float32))

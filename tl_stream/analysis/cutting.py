@@ -16,8 +16,8 @@ Entry = Sequence[Any]  # begins with layer, head, query_pos, key_pos
 def cut_edges(edges: Iterable[Entry]) -> list[tuple[Callable[[str], bool], Callable[..., Tensor]]]:
     """Hooks that take single entries out of the patterns: their scores become -inf, and the rest of each row makes up for it.
 
-    For `fwd_hooks=` of `model.run_with_hooks` and `model.hooks`, also within `tl_stream.sparse`; in all texts of a batch. Entries
-    that a sparse run doesn't keep are none of its model's, and stay so.
+    For `fwd_hooks=` of `model.run_with_hooks` and `model.hooks`, also within `tl_stream.sparse`; in all texts of a batch.
+    Entries that a sparse run doesn't keep are none of its model's, and stay so.
 
     Args:
         edges: The entries: `(layer, head, query_pos, key_pos)`, or `Edge`s.
@@ -43,8 +43,8 @@ def _hook(layer: int, entries: Tensor) -> tuple[Callable[[str], bool], Callable[
     def cut(scores: Tensor, hook: Any) -> Tensor:
         if any(index >= size for index, size in zip(most, scores.shape[1:], strict=True)):
             raise ValueError(
-                f"edges held entries up to (head, query_pos, key_pos) = {tuple(most)} of layer {layer}; its scores are of shape "
-                f"{tuple(scores.shape)}."
+                f"edges held entries up to (head, query_pos, key_pos) = {tuple(most)} of layer {layer}; its scores are of "
+                f"shape {tuple(scores.shape)}. Give all tokens of the text at once, without a KV cache."
             )
         head, query, key = entries.to(scores.device).unbind(-1)
         scores[:, head, query, key] = -torch.inf

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import networkx
 import pandas

@@ -6,8 +6,8 @@ For each text, layer and head, with A the pattern and t the tokens:
   j < i; with t_{j-1} = t_i and j <= i. (`transformer_lens.head_detector`, error measure "mul".)
 - sink: mean over the rows of the attention to the first token.
 - entropy: mean over the rows of -sum_j A_ij log A_ij, in nats.
-- retrieval (Wu et al. 2024, arXiv:2404.15574, section 2): the number of generated tokens t_{i+1} for which the key that row i reads
-  most lies in the needle and holds that token, over the number of the needle's tokens.
+- retrieval (Wu et al. 2024, arXiv:2404.15574, section 2): the number of generated tokens t_{i+1} for which the key that row i
+  reads most lies in the needle and holds that token, over the number of the needle's tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 from tl_stream.analysis.head_result import HeadScore, HeadScores
 from tl_stream.analysis.kept import KeptEntries, KeptRows, patterns_of
 from tl_stream.analysis.spans import Span, checked_span, checked_tokens
+
+_SUMS = ("attention", "previous_token", "duplicate_token", "induction", "sink", "entropy")
 
 
 @torch.no_grad()
@@ -70,24 +72,35 @@ def _layer_scores(
     real = entries.real_tokens()
     first = int(real.int().argmax())
     tokens = tokens.to(real.device)
-    sums, hits, n_rows = 0.0, 0.0, 0
+    sums = torch.zeros(len(_SUMS), entries.n_heads, dtype=torch.float64, device=real.device)
+    hits, n_rows = torch.zeros_like(sums[0]), 0
     for rows in entries.runs():
         inside = rows.query_pos < entries.length
         counted = inside & real[rows.query_pos.clamp(max=entries.length - 1)] & rows.kept.any(-1).any(0)
-        sums = sums + _sums(rows, counted, tokens, first)
+        sums += _sums(rows, counted, tokens, first)
         n_rows += int(counted.sum())
         if spans is not None:
-            hits = hits + _copied(rows, tokens, *spans)
-    total, *shares, sink, entropy = torch.as_tensor(sums).unbind()
-    of_attention = [share / total.clamp(min=torch.finfo(total.dtype).tiny) for share in shares]
-    of_rows = [x / max(n_rows, 1) for x in (sink, entropy)]
-    columns = torch.stack([*of_attention, *of_rows]).T.tolist()
-    retrieval = [None] * entries.n_heads if spans is None else (torch.as_tensor(hits) / len(spans[0])).tolist()
-    return [HeadScore(text, layer, head, *columns[head], retrieval[head]) for head in range(entries.n_heads)]
+            hits += _copied(rows, tokens, *spans)
+    total = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
+    per_row = sums / max(n_rows, 1)
+    return [
+        HeadScore(
+            text=text,
+            layer=layer,
+            head=head,
+            previous_token=float(sums[1, head] / total[head]),
+            duplicate_token=float(sums[2, head] / total[head]),
+            induction=float(sums[3, head] / total[head]),
+            sink=float(per_row[4, head]),
+            entropy=float(per_row[5, head]),
+            retrieval=None if spans is None else float(hits[head]) / len(spans[0]),
+        )
+        for head in range(entries.n_heads)
+    ]
 
 
 def _sums(rows: KeptRows, counted: Tensor, tokens: Tensor, first: int) -> Float[Tensor, "score head_index"]:
-    """Sums over the counted rows: all attention, and what each score takes of it."""
+    """Sums over the counted rows, in the order of `_SUMS`."""
     last = len(tokens) - 1
     query, key = rows.query_pos[:, :, None], rows.key_pos[:, :, None]
     token, at_key, before_key = tokens[query.clamp(max=last)], tokens[key.clamp(max=last)], tokens[(key - 1).clamp(0, last)]

@@ -1,11 +1,12 @@
 """The information-flow-routes graph of a text, over the kept entries (Ferrando & Voita 2024, arXiv:2403.00824).
 
-1. From the target's residual stream at the end, backwards: the MLP's output and the stream before it are the parts of the stream
-   after it; each key's vector from each head, and the stream before them, those of the stream after attention. Each part's edge has
-   its importance as weight (`attention_flow`); weights into a node sum to 1.
+1. From the target's residual stream at the end, backwards: the MLP's output and the stream before it are the parts of the
+   stream after it; each key's vector from each head, and the stream before them, those of the stream after attention. Each
+   part's edge has its importance as weight (`attention_flow`); weights into a node sum to 1.
 2. Edges below the threshold are dropped, and where the others come from is followed on (the paper's section 2.3).
 
-Only positions that are reached are computed: O(kept keys x d_model) time each, O(T) memory, a block of queries and a head at a time.
+Only positions that are reached are computed: O(kept keys x d_model) time each, O(T) memory, a block of queries and a head at
+a time.
 """
 
 from __future__ import annotations
@@ -76,9 +77,7 @@ def _mlp_edges(
                 yield FlowEdge(kind, layer, None, position, position, weight)
 
 
-def _attention_edges(
-    flow: AttentionFlow, positions: Int[Tensor, " row"], layer: int, threshold: float
-) -> Iterator[FlowEdge]:
+def _attention_edges(flow: AttentionFlow, positions: Int[Tensor, " row"], layer: int, threshold: float) -> Iterator[FlowEdge]:
     """Heads' reads and the stream past attention, as parts of what is behind it."""
     for shares in flow.shares(positions):
         rows = shares.rows.tolist()

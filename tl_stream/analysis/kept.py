@@ -61,8 +61,8 @@ class KeptEntries:
         n_queries, n_keys = pattern._data.layout.seq_lengths
         if len(pattern._view.rows) != n_keys or n_queries != n_keys:
             raise ValueError(
-                f"The pattern of layer {pattern.origin.layer} shows {len(pattern._view.rows)} queries of {n_keys} keys; expected "
-                "that of a whole text. Run the text without pos_slice and past_kv_cache."
+                f"The pattern of layer {pattern.origin.layer} shows {len(pattern._view.rows)} queries of {n_keys} keys; "
+                "expected that of a whole text. Run the text without pos_slice and past_kv_cache."
             )
         return cls(pattern._data, texts[text])
 

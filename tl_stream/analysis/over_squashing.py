@@ -1,9 +1,9 @@
 """How much of a token can reach a later position at all: the path-sum bound on over-squashing.
 
-Barbero et al. 2024, arXiv:2406.04267, theorem 5.1: where attention is taken as it is, the derivative of the last position's output
-by token i's input is at most C times the sum over all paths from i to it of the products of their weights; a step of layer l has the
-weight abar_ij = a_ij / beta + delta_ij. Here beta = 1 (its constants are the model's and don't tell one token from another), and a is
-the mean over heads: the bounds are the target's row of (A_L + I) ... (A_1 + I), one sparse product of a vector a layer.
+Barbero et al. 2024, arXiv:2406.04267, section 5: where attention is taken as it is, the derivative of the last position's
+output by token i's input is at most C times the sum over all paths from i to it of the products of their weights; a step from
+j to i has the weight a_ij / beta + delta_ij. Here beta = 1, and a is the mean over heads: the sums are the target's row of
+(A_L + I) ... (A_1 + I), one sparse product of a vector a layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tl_stream.analysis.spans import checked_position
 def over_squashing(cache: Any, target_pos: int | Sequence[int] = -1, *, text: int = 0) -> PathSums:
     """The path sums from every token to some positions, through all cached layers. O(T) time and memory for a constant k.
 
-    A causal model reads its text up to a position as it would read a text that ends there, so that targets are also lengths.
+    A causal model reads a text up to a position as it would read a text that ends there, so that targets are also lengths.
+    (In a sparse run the choice of blocks may differ: that of the target's block of queries knows the block's later queries.)
 
     Args:
         cache: A SparseActivationCache with patterns.

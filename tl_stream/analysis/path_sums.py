@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pandas
 from jaxtyping import Float
@@ -53,18 +54,19 @@ class PathSums:
         Raises:
             ValueError: Depths that don't ascend from 0 or more to 1 or less.
         """
-        ascending = all(a < b for a, b in zip(depths, depths[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(depths))
         if not depths or not ascending or depths[0] < 0 or depths[-1] > 1:
             raise ValueError(f"depths were {list(depths)}; expected ascending numbers between 0 and 1.")
         rows = [row for i, target in enumerate(self.targets) for row in self._rows(i, target, depths)]
         return pandas.DataFrame(rows, columns=["length", "depth", "bound"])
 
     def _rows(self, i: int, target: int, depths: Sequence[float]) -> list[tuple[int, float, float]]:
-        between = [(a + b) / 2 for a, b in zip(depths, depths[1:], strict=False)]
+        between = [(a + b) / 2 for a, b in pairwise(depths)]
         edges = [0, *(round(x * (target + 1)) for x in between), target + 1]
-        parts = [(start, max(stop, start + 1)) for start, stop in zip(edges, edges[1:], strict=False)]
+        parts = [(start, max(stop, start + 1)) for start, stop in pairwise(edges)]
         means = [float(self.bounds[i, start:stop].mean()) for start, stop in parts]
         return [(target + 1, depth, mean) for depth, mean in zip(depths, means, strict=True)]
 
     def __repr__(self) -> str:
-        return f"PathSums(targets={self.targets}, {self.bounds.shape[1]} tokens, {self.n_layers} layers; exact for {self.exact_for})"
+        size = f"{self.bounds.shape[1]} tokens, {self.n_layers} layers"
+        return f"PathSums(targets={self.targets}, {size}; exact for {self.exact_for})"

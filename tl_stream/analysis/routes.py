@@ -1,10 +1,10 @@
 """Routes from a needle to an output: the paths of attention that carry the most, layer by layer, in a sparse pattern.
 
-1. Every edge into a position has the weight of its part of the residual stream there (`attention_flow`); weights into a position
-   sum to 1. MLPs move nothing between positions.
-2. Walk back from the target, layer by layer. The score of a path is the product of its weights: the share of the target's stream
-   that it carries. At each layer the scores of all paths sum to 1, so that at most 1 / least of them reach `least`; a path only
-   loses by going on. So all paths that carry at least `least` are found, and no others are followed.
+1. Every edge into a position has the weight of its part of the residual stream there (`attention_flow`); weights into a
+   position sum to 1. MLPs move nothing between positions.
+2. Walk back from the target, layer by layer. The score of a path is the product of its weights: the share of the target's
+   stream that it carries. At each layer the scores of all paths sum to 1, so that at most 1 / least of them reach `least`; a
+   path only loses by going on. So all paths that carry at least `least` are found, and no others are followed.
 3. Those that end in the source are its routes.
 
 Time: the kept keys of the positions that are reached, times d_model. Memory: O(T), and O(1 / least) a layer.
@@ -43,8 +43,8 @@ def needle_routes(
     Args:
         cache: A SparseActivationCache with `tl_stream.analysis.flow_names`.
         source_span: Token positions of the needle.
-        target_pos: The position whose output is explained: the one that generates the answer's (next) token. Negative ones count
-            from the end.
+        target_pos: The position whose output is explained: the one that generates the answer's (next) token. Negative ones
+            count from the end.
         model: The model of the run, for W_O; None: `cache.model`.
         text: Index in the batch.
         top: How many routes to give.
@@ -61,7 +61,9 @@ def needle_routes(
     length = KeptEntries.of(patterns_of(cache)[0], text).length
     target, source = checked_position("target_pos", target_pos, length), checked_span("source_span", source_span, length)
     if target < source.start:
-        raise ValueError(f"target_pos was {target}, before the source at {source.start}; a token reads only what came before it.")
+        raise ValueError(
+            f"target_pos was {target}, before the source at {source.start}; a token reads only what came before it."
+        )
     if top < 1 or not 0 < least < 1:
         raise ValueError(f"top was {top} and least {least}; expected an int >= 1, and a share between 0 and 1.")
     steps = [Paths.at(target)]
@@ -124,11 +126,14 @@ class Paths:
 
     def back(self, flow: AttentionFlow, least: float) -> Paths:
         """All of them one layer further down, less those that carry too little."""
-        found: list[Paths] = []
+        found = [self._none()]
         for shares in flow.shares(self.position.unique().to(flow.before.device)):
             found += [self._from_row(shares, i, int(row), least) for i, row in enumerate(shares.rows)]
         fields = zip(*((x.position, x.score, x.parent, x.head, x.weight) for x in found), strict=True)
         return Paths(*(torch.cat(parts) for parts in fields))
+
+    def _none(self) -> Paths:
+        return Paths(self.position[:0], self.score[:0], self.parent[:0], self.head[:0], self.weight[:0])
 
     def _from_row(self, shares: RowShares, i: int, row: int, least: float) -> Paths:
         """Those that are at one position, along each of the edges into it."""

@@ -12,9 +12,9 @@ class Span(Protocol):
     """Token positions `start <= pos < stop`: a slice, a range, or a `tl_stream.tasks.Span`."""
 
     @property
-    def start(self) -> Any: ...  # noqa: D102
+    def start(self) -> Any: ...
     @property
-    def stop(self) -> Any: ...  # noqa: D102
+    def stop(self) -> Any: ...
 
 
 def checked_span(name: str, span: Span, length: int) -> range:
