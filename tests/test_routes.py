@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 from allocations import LargestTensor
+from dense_reference import EditedAttention, masked
 from test_information_flow import attention_weights
 from torch import Tensor
 from zoo import build, dense, gap, tokens
@@ -120,6 +121,33 @@ def test_cut_edges_cut_those_entries(variant: str, config: StreamConfig) -> None
     expected = model.run_with_hooks(text, fwd_hooks=[(name, hook) for name in names])
     assert gap(cut, expected) < 1e-9
     assert gap(cut, dense(model(text))) > 1e-6
+
+
+@pytest.mark.parametrize("forward", ["sparse", "exact"])
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "OPT", "BLOOM", "GPT-OSS", "Native"])
+@torch.no_grad()
+def test_cuts_count_in_families_on_the_bridge(family: str, forward: str) -> None:
+    """As with the same entries set to -inf in the dense model, between its scores and their softmax."""
+    model, text = families.build(family, torch.float64), families.tokens(LENGTH)
+    config = replace(PRUNED, forward=forward)
+    _, cache = model.run_with_sparse_cache(text, config=config)
+    edges = [edge for edge in random_edges(cache, 60, seed=1) if edge[2] > edge[3]]
+    keep = {layer: layout_of(cache, layer, forward) for layer in cache.patterns}
+    for layer, head, query, key in edges:
+        keep[layer][:, head, query, key] = False
+    with EditedAttention(sorted(keep), LENGTH, on_scores=masked(keep)):
+        expected = model(text)
+    with tl_stream.sparse(model, replace(config, layout_from=cache)):
+        cut = model.run_with_hooks(text, fwd_hooks=cut_edges(edges))
+        whole = model(text)
+    assert gap(cut, expected) < 1e-6
+    assert gap(cut, whole) > 1e-4
+
+
+def layout_of(cache: Any, layer: int, forward: str) -> Tensor:
+    """What the model reads, as a dense mask."""
+    layout = cache.block_layout(layer)
+    return (layout if forward == "sparse" else layout.to_full()).to_dense()
 
 
 @torch.no_grad()
