@@ -33,8 +33,11 @@ def attention_weights(cache: Any, model: Any, layer: int, text: int, row: int) -
     W_O = model.blocks[layer].attn.W_O
     v = cache["v", layer][text].flatten(1).unflatten(1, (-1, W_O.shape[1]))
     group = len(pattern) // v.shape[1]
-    whole = cache["resid_mid", layer][text, row]
+    parallel, attn_only = model.cfg.parallel_attn_mlp, model.cfg.attn_only
+    whole = cache["resid_post" if parallel or attn_only else "resid_mid", layer][text, row]
     parts: dict[Any, float] = {"stay": importance(whole, cache["resid_pre", layer][text, row])}
+    if parallel:
+        parts["mlp"] = importance(whole, cache["mlp_out", layer][text, row])
     for head in range(len(pattern)):
         for key in kept[head, row].nonzero().flatten().tolist():
             part = pattern[head, row, key] * v[key, head // group] @ W_O[head]
@@ -50,14 +53,15 @@ def expected_graph(cache: Any, model: Any, target: int, threshold: float, text: 
     for layer in reversed(range(model.cfg.n_layers)):
         below = set()
         for row in reached:
-            mid, post = cache["resid_mid", layer][text, row], cache["resid_post", layer][text, row]
-            mlp, past = importance(post, post - mid), importance(post, mid)
-            edges["mlp", layer, None, row, row] = mlp / (mlp + past)
-            edges["past_mlp", layer, None, row, row] = past / (mlp + past)
+            if not (model.cfg.parallel_attn_mlp or model.cfg.attn_only):
+                mid, post = cache["resid_mid", layer][text, row], cache["resid_post", layer][text, row]
+                mlp, past = importance(post, post - mid), importance(post, mid)
+                edges["mlp", layer, None, row, row] = mlp / (mlp + past)
+                edges["past_mlp", layer, None, row, row] = past / (mlp + past)
             for name, weight in attention_weights(cache, model, layer, text, row).items():
-                stays = name == "stay"
-                head, key = (None, row) if stays else name
-                edges["past_attention" if stays else "attention", layer, head, row, key] = weight
+                kind = {"stay": "past_attention", "mlp": "mlp"}.get(name, "attention")
+                head, key = name if kind == "attention" else (None, row)
+                edges[kind, layer, head, row, key] = weight
                 if weight >= threshold:
                     below.add(key)
         reached = below
@@ -74,7 +78,7 @@ def check(cache: Any, model: Any, target: int, threshold: float, text: int, tole
 
 
 @CONFIGS
-@pytest.mark.parametrize("variant", ["gqa", "standard", "alibi", "local", "soft-capped", "sinks", "ungrouped gqa"])
+@pytest.mark.parametrize("variant", ["gqa", "standard", "alibi", "local", "soft-capped", "sinks", "ungrouped gqa", "parallel"])
 @torch.no_grad()
 def test_the_graph_equals_brute_force(variant: str, config: StreamConfig) -> None:
     model = build(variant)
@@ -83,7 +87,7 @@ def test_the_graph_equals_brute_force(variant: str, config: StreamConfig) -> Non
     assert not cache.fallbacks
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT-2", "GPT-OSS", "BLOOM"])
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "GPT-OSS", "BLOOM", "GPT-NeoX", "Falcon", "Native, attention only"])
 @torch.no_grad()
 def test_families_on_the_bridge(family: str) -> None:
     model = families.build(family, torch.float64 if family != "GPT-OSS" else torch.float32)
@@ -211,11 +215,11 @@ def test_bad_arguments() -> None:
         over_squashing(slices)
 
 
-@pytest.mark.parametrize("family", ["Gemma 3", "OLMo-2", "BitNet"])
+@pytest.mark.parametrize("family", ["Gemma 3", "OLMo-2", "BitNet", "DeepSeek V3"])
 @torch.no_grad()
 def test_models_whose_parts_are_others_are_refused(family: str) -> None:
     """Their attention is normed or gated on its way into the residual stream."""
     model = families.build(family)
     _, cache = model.run_with_sparse_cache(families.tokens(LENGTH), config=PRUNED)
-    with pytest.raises(ValueError, match=r"does not add pattern @ v @ W_O"):
+    with pytest.raises(ValueError, match=r"does not add pattern @ v @ W_O|latent attention can't be analysed"):
         information_flow(cache, model)

@@ -40,6 +40,7 @@ def all_paths(cache: Any, model: Any, source: range, target: int, least: float) 
             return
         if (layer, row) not in weights:
             weights[layer, row] = attention_weights(cache, model, layer, 0, row)
+            weights[layer, row]["stay"] += weights[layer, row].pop("mlp", 0.0)
         for name, weight in weights[layer, row].items():
             if name == "stay":
                 yield from walk(layer - 1, row, score * weight, edges)
@@ -88,7 +89,7 @@ def test_all_walks_lead_somewhere() -> None:
     assert found.followed == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT-2", "GPT-OSS"])
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "GPT-OSS", "GPT-NeoX"])
 @torch.no_grad()
 def test_families_on_the_bridge(family: str) -> None:
     model = families.build(family, torch.float64 if family != "GPT-OSS" else torch.float32)

@@ -5,8 +5,9 @@ position the vectors A_ij v_j W_O, one for each key j and head. The importance o
 
     max(|y|_1 - |y - p|_1, 1e-5), over the sum of that over all parts;
 
-the parts are these vectors and x_i. (The output's bias is in y, and is no part.) So the weights of all edges into a position
-sum to 1: going backwards along them is a walk, and a product of weights is the probability of its path.
+the parts are these vectors and x_i. (The output's bias is in y, and is no part.) Where an MLP reads the same stream as
+attention and is added with it (GPT-NeoX), what it adds is a part, too. So the weights of all edges into a position sum to 1:
+going backwards along them is a walk, and a product of weights is the probability of its path.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tl_stream.analysis.kept import KeptEntries, KeptRows, patterns_of
 EPSILON = 1e-5
 CHUNK_NUMBERS = 2**22
 _TOLERANCE = 0.02
-_NEEDED = ("hook_pattern", "hook_v", "hook_z", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+_NEEDED = ("hook_pattern", "hook_v", "hook_z", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out")
 
 
 def flow_names(name: str) -> bool:
@@ -44,12 +45,14 @@ class RowShares:
     Attributes:
         rows: The positions.
         stay: Weight of the residual stream.
+        mlp: Weight of an MLP that is added beside attention; 0 where none is.
         key_pos: Position of each kept key.
         share: Weight of each head's edge from each of them; 0 where there is none.
     """
 
     rows: Int[Tensor, " row"]
     stay: Float[Tensor, " row"]
+    mlp: Float[Tensor, " row"]
     key_pos: Int[Tensor, "head_index key"]
     share: Float[Tensor, "head_index row key"]
 
@@ -64,6 +67,7 @@ class AttentionFlow:
         W_O: Output weights of each query head.
         before: Residual stream before attention.
         after: Residual stream after it.
+        mlp: What an MLP added beside attention; None where that comes later, or there is none.
     """
 
     entries: KeptEntries
@@ -71,6 +75,7 @@ class AttentionFlow:
     W_O: Float[Tensor, "head_index d_v d_model"]
     before: Float[Tensor, "pos d_model"]
     after: Float[Tensor, "pos d_model"]
+    mlp: Float[Tensor, "pos d_model"] | None = None
 
     @classmethod
     def of(cls, cache: Any, model: Any, layer: int, text: int) -> AttentionFlow:
@@ -87,14 +92,14 @@ class AttentionFlow:
             raise ValueError(
                 f"The attention of layer {layer} shows no W_O [head_index, d_head, d_model]; routes can't be weighed."
             )
-        d_v = weights.shape[1]
-        by_head = [activation(cache, name, layer, text).flatten(1).unflatten(1, (-1, d_v)) for name in ("v", "z")]
+        by_head = [_by_head(cache, name, layer, text, entries.length, weights.shape[1]) for name in ("v", "z")]
         flow = cls(
             entries,
             by_head[0],
             weights.detach().to(by_head[0]),
             activation(cache, "resid_pre", layer, text),
-            activation(cache, "resid_mid", layer, text),
+            activation(cache, "resid_mid" if has_later_mlp(model) else "resid_post", layer, text),
+            activation(cache, "mlp_out", layer, text) if model.cfg.parallel_attn_mlp else None,
         )
         flow._check(by_head[1], getattr(attn, "b_O", None), layer, cache.config.forward)
         return flow
@@ -115,8 +120,9 @@ class AttentionFlow:
         share = torch.stack([self._importances(whole, weight[h], key_pos[h], h) for h in range(self.entries.n_heads)])
         share = torch.where(kept, share, 0.0)
         stay = importance(whole, self.before[rows])
-        total = stay + share.sum((0, 2))
-        return RowShares(rows, stay / total, key_pos, share / total[:, None])
+        mlp = torch.zeros_like(stay) if self.mlp is None else importance(whole, self.mlp[rows])
+        total = stay + mlp + share.sum((0, 2))
+        return RowShares(rows, stay / total, mlp / total, key_pos, share / total[:, None])
 
     def _importances(self, whole: Tensor, weight: Tensor, key_pos: Tensor, head: int) -> Float[Tensor, "row key"]:
         """Of one head's parts of some rows; a few rows at a time, for each takes key x d_model numbers."""
@@ -135,7 +141,8 @@ class AttentionFlow:
     def _check(self, z: Tensor, bias: Tensor | None, layer: int, forward: str) -> None:
         """That the parts are those of this model, in its last row."""
         added = torch.einsum("hd,hdm->m", z[-1], self.W_O) + (0 if bias is None else bias.detach().to(z))
-        agree = _close(added, self.after[-1] - self.before[-1])
+        beside = 0 if self.mlp is None else self.mlp[-1]
+        agree = _close(added, self.after[-1] - self.before[-1] - beside)
         if forward == "sparse":
             last = self.entries.layout.n_q_blocks - 1
             (run,) = self.entries.runs(torch.tensor([last], device=z.device))
@@ -150,6 +157,11 @@ class AttentionFlow:
             )
 
 
+def has_later_mlp(model: Any) -> bool:
+    """Whether each layer's MLP reads what attention has added to, and is added after it."""
+    return not (model.cfg.parallel_attn_mlp or model.cfg.attn_only)
+
+
 def activation(cache: Any, name: str, layer: int, text: int) -> Float[Tensor, pos * rest]:
     """A cached activation of one text, in float32 or better.
 
@@ -161,11 +173,21 @@ def activation(cache: Any, name: str, layer: int, text: int) -> Float[Tensor, po
     except KeyError:
         raise KeyError(
             f"The cache lacks {name!r} of layer {layer}; expected it beside the pattern. Run with "
-            "names_filter=tl_stream.analysis.flow_names, or without names_filter. (Models whose attention and MLP run in "
-            "parallel, or that have no MLP, have no 'resid_mid', and can't be analysed so.)"
+            "names_filter=tl_stream.analysis.flow_names, or without names_filter."
         ) from None
     found = found[text] if cache.has_batch_dim else found
     return found.detach().to(torch.promote_types(found.dtype, torch.float32))
+
+
+def _by_head(cache: Any, name: str, layer: int, text: int, length: int, d_v: int) -> Float[Tensor, "pos heads d_v"]:
+    """Values or head outputs; ValueError where they aren't `d_v` numbers for each position and head."""
+    found = activation(cache, name, layer, text)
+    if d_v == 0 or found.shape[0] != length or found[0].numel() % d_v:
+        raise ValueError(
+            f"{name!r} of layer {layer} was of shape {tuple(found.shape)}; expected [pos, head, d_head] with {length} "
+            f"positions and W_O's d_head of {d_v}. (Multi-head latent attention can't be analysed so.)"
+        )
+    return found.flatten(1).unflatten(1, (-1, d_v))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

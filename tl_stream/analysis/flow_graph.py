@@ -33,13 +33,6 @@ class FlowEdge(NamedTuple):
     key_pos: int
     weight: float
 
-    @property
-    def nodes(self) -> tuple[Node, Node]:
-        """The residual streams that it goes between."""
-        if self.kind in ("attention", "past_attention"):
-            return ("resid_pre", self.layer, self.key_pos), ("resid_mid", self.layer, self.query_pos)
-        return ("resid_mid", self.layer, self.key_pos), ("resid_pre", self.layer + 1, self.query_pos)
-
 
 @dataclass(frozen=True)
 class FlowGraph:
@@ -50,6 +43,7 @@ class FlowGraph:
         targets: The positions that are explained.
         threshold: The least weight of an edge.
         n_layers: Number of layers. ("resid_pre", n_layers, pos) is what goes into the unembedding.
+        later_mlp: Whether MLPs come after attention, so that there is a stream between the two.
         forward: The forward of the run.
     """
 
@@ -57,6 +51,7 @@ class FlowGraph:
     targets: tuple[int, ...]
     threshold: float
     n_layers: int
+    later_mlp: bool
     forward: str
 
     @property
@@ -64,12 +59,21 @@ class FlowGraph:
         """The model whose numbers these are, exactly."""
         return exact_for(self.forward)
 
+    def nodes(self, edge: FlowEdge) -> tuple[Node, Node]:
+        """The residual streams that an edge goes between."""
+        before, after = ("resid_pre", edge.layer, edge.key_pos), ("resid_pre", edge.layer + 1, edge.query_pos)
+        if not self.later_mlp:
+            return before, after
+        if edge.kind in ("attention", "past_attention"):
+            return before, ("resid_mid", edge.layer, edge.query_pos)
+        return ("resid_mid", edge.layer, edge.key_pos), after
+
     def to_networkx(self) -> networkx.MultiDiGraph:
         """Nodes are `(activation, layer, pos)`; edges have `kind`, `head` and `weight`."""
         graph = networkx.MultiDiGraph(exact_for=self.exact_for, threshold=self.threshold)
         graph.add_nodes_from(("resid_pre", self.n_layers, target) for target in self.targets)
         for edge in self.edges:
-            graph.add_edge(*edge.nodes, key=(edge.kind, edge.head), kind=edge.kind, head=edge.head, weight=edge.weight)
+            graph.add_edge(*self.nodes(edge), key=(edge.kind, edge.head), kind=edge.kind, head=edge.head, weight=edge.weight)
         return graph
 
     def to_dataframe(self) -> pandas.DataFrame:

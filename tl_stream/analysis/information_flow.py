@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_stream.analysis.attention_flow import AttentionFlow, activation, importance
+from tl_stream.analysis.attention_flow import AttentionFlow, activation, has_later_mlp, importance
 from tl_stream.analysis.flow_graph import FlowEdge, FlowGraph
 from tl_stream.analysis.kept import KeptEntries, patterns_of
 from tl_stream.analysis.routes import checked_layers, checked_model
@@ -57,11 +57,12 @@ def information_flow(
     targets, edges = tuple(reached.tolist()), []
     for layer in reversed(layers):
         flow = AttentionFlow.of(cache, model, layer, text)
-        edges += list(_mlp_edges(flow.after, activation(cache, "resid_post", layer, text), reached, layer, threshold))
+        if has_later_mlp(model):
+            edges += list(_mlp_edges(flow.after, activation(cache, "resid_post", layer, text), reached, layer, threshold))
         edges += (found := list(_attention_edges(flow, reached, layer, threshold)))
         sources = sorted({edge.key_pos for edge in found})
         reached = torch.tensor(sources, dtype=torch.long, device=reached.device)
-    return FlowGraph(tuple(edges), targets, threshold, len(layers), cache.config.forward)
+    return FlowGraph(tuple(edges), targets, threshold, len(layers), has_later_mlp(model), cache.config.forward)
 
 
 def _mlp_edges(
@@ -78,12 +79,13 @@ def _mlp_edges(
 
 
 def _attention_edges(flow: AttentionFlow, positions: Int[Tensor, " row"], layer: int, threshold: float) -> Iterator[FlowEdge]:
-    """Heads' reads and the stream past attention, as parts of what is behind it."""
+    """Heads' reads and the stream past attention (and an MLP beside it), as parts of what is behind it."""
     for shares in flow.shares(positions):
         rows = shares.rows.tolist()
-        for row, weight in zip(rows, shares.stay.tolist(), strict=True):
-            if weight >= threshold:
-                yield FlowEdge("past_attention", layer, None, row, row, weight)
+        for kind, weights in (("past_attention", shares.stay), ("mlp", shares.mlp)):
+            for row, weight in zip(rows, weights.tolist(), strict=True):
+                if weight >= threshold:
+                    yield FlowEdge(kind, layer, None, row, row, weight)
         heads, at, keys = (shares.share >= threshold).nonzero().unbind(-1)
         columns = (heads, at, shares.key_pos[heads, keys], shares.share[heads, at, keys])
         for head, i, key_pos, weight in zip(*(column.tolist() for column in columns), strict=True):

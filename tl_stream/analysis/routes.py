@@ -140,7 +140,7 @@ class Paths:
         here = (self.position == row).nonzero().flatten()
         score = self.score[here]
         heads, keys = (shares.share[:, i] * float(score.max()) >= least).nonzero().unbind(-1)
-        weight = torch.cat([shares.stay[i : i + 1], shares.share[heads, i, keys]]).cpu().double()
+        weight = torch.cat([shares.stay[i : i + 1] + shares.mlp[i : i + 1], shares.share[heads, i, keys]]).cpu().double()
         head = torch.cat([torch.tensor([STAYED]), heads.cpu()])
         position = torch.cat([torch.tensor([row]), shares.key_pos[heads, keys].cpu()])
         further = score[:, None] * weight
