@@ -6,8 +6,9 @@ Not in `config`, `tracing` and `fidelity.report`: those check their arguments th
 from jaxtyping import install_import_hook
 
 CHECKED = [
-    "attention", "audit", "cache", "estimator", "fidelity.output", "fidelity.result", "fidelity.runs", "fidelity.streamed",
-    "hosts", "layout", "masking", "models", "score_mod", "tasks", "tensors", "viz",
+    "analysis.attention_flow", "analysis.kept", "attention", "audit", "cache", "estimator", "fidelity.output",
+    "fidelity.result", "fidelity.runs", "fidelity.streamed", "hosts", "layout", "masking", "models", "score_mod", "tasks",
+    "tensors", "viz",
 ]  # fmt: skip
 with install_import_hook([f"tl_stream.{name}" for name in CHECKED], "beartype.beartype"):
     import tl_stream  # noqa: F401

@@ -1,8 +1,45 @@
 """What Stream is used for: studies of a model on a text, each with a statement of what it is exact for."""
 
+from tl_stream.analysis.attention_flow import flow_names
+from tl_stream.analysis.cutting import cut_edges, random_edges
 from tl_stream.analysis.flip_result import Flip, FlipRun, Flips
 from tl_stream.analysis.flips import find_flips
+from tl_stream.analysis.flow_graph import FlowEdge, FlowGraph
+from tl_stream.analysis.head_result import HeadScore, HeadScores
+from tl_stream.analysis.head_scores import head_scores
+from tl_stream.analysis.information_flow import information_flow
+from tl_stream.analysis.over_squashing import over_squashing
 from tl_stream.analysis.patching import patch_by_block
 from tl_stream.analysis.patching_result import Effect, PatchEffects
+from tl_stream.analysis.path_sums import PathSums
+from tl_stream.analysis.route_comparison import HeadDifference, RouteComparison, compare_routes
+from tl_stream.analysis.route_result import Edge, NeedleRoutes, Route
+from tl_stream.analysis.routes import needle_routes
 
-__all__ = ["Effect", "Flip", "FlipRun", "Flips", "PatchEffects", "find_flips", "patch_by_block"]
+__all__ = [
+    "Edge",
+    "Effect",
+    "Flip",
+    "FlipRun",
+    "Flips",
+    "FlowEdge",
+    "FlowGraph",
+    "HeadDifference",
+    "HeadScore",
+    "HeadScores",
+    "NeedleRoutes",
+    "PatchEffects",
+    "PathSums",
+    "Route",
+    "RouteComparison",
+    "compare_routes",
+    "cut_edges",
+    "find_flips",
+    "flow_names",
+    "head_scores",
+    "information_flow",
+    "needle_routes",
+    "over_squashing",
+    "patch_by_block",
+    "random_edges",
+]
