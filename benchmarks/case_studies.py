@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from case_flips import flips
+from case_patching import patching
 from case_routes import routes
 from rich.console import Console
 
-STUDIES: dict[str, Callable[[bool], dict[str, Any]]] = {"routes": routes}
+STUDIES: dict[str, Callable[[bool], dict[str, Any]]] = {"routes": routes, "flips": flips, "patching": patching}
 
 
 def main() -> int:
