@@ -8,19 +8,24 @@ part of the graph.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
 
 from tl_stream.attention.chunks import whole
 from tl_stream.attention.gather import value_products, weigh_values
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData, PatternData, ScoresData, relayout
+from tl_stream.tensors.joined import JoinedTensor, join, parts_of
+
+Sparse = BlockSparseTensor | JoinedTensor
 
 
 class Tap:
@@ -43,41 +48,75 @@ class _KeepAlive(torch.autograd.Function):
         return grad, None
 
 
+class _Together(torch.autograd.Function):
+    """The identity on several tensors, whose gradients pass through the hooks at once."""
+
+    @staticmethod
+    def forward(ctx, hooks, *values):
+        ctx.hooks = hooks
+        return tuple(x.view_as(x) for x in values)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        for hook in list(ctx.hooks.values()):
+            grads = hook(*grads)
+        return None, *grads
+
+
 class Watch:
-    """Backward hooks of one HookPoint, on the values of one sparse tensor."""
+    """Notes the gradient of one sparse tensor where its values are used, after the forward hooks of `point` edited them."""
 
     def __init__(self, tensor: BlockSparseTensor, point: Module) -> None:
         self.tensor, self.point = tensor, point
         self.layout = tensor._data.layout
-        self.hooks = list(point._backward_hooks.values())
         self.at_output: list[BlockSparseTensor] = []
 
     def note(self, grad: Tensor, layout: BlockLayout) -> None:
-        """Remember the gradient where the values are used, after the forward hooks have edited them."""
+        """Remember the gradient."""
         self.at_output.append(as_gradient(self.tensor, grad, layout))
 
-    def deliver(self, grad: Tensor) -> Tensor:
-        """Call the hooks with grad_input and grad_output, once the gradient has come back to where the values were made."""
-        output = self.at_output.pop() if self.at_output else as_gradient(self.tensor, grad, self.layout)
-        for hook in self.hooks:
-            result = hook(self.point, (as_gradient(self.tensor, grad, self.layout),), (output,))
-            if result is not None:
-                grad = _values_of(result[0] if isinstance(result, tuple) else result, self.layout, grad)
-        return grad
+    def output(self, grad: Tensor) -> BlockSparseTensor:
+        """What was noted; `grad`, the gradient where the values were made, where nothing was."""
+        return self.at_output.pop() if self.at_output else as_gradient(self.tensor, grad, self.layout)
 
 
-def watch(tensor: BlockSparseTensor, hook_point: Module) -> None:
+def watch(tensor: Sparse, hook_point: Module) -> None:
     """Let the backward hooks of `hook_point` fire with the gradient of `tensor` (a full backward hook's grad_output).
 
-    What a hook returns replaces the gradient that flows on, as for any module.
+    They are called with grad_input and grad_output once the gradient has come back to where the values were made. What a hook
+    returns replaces the gradient that flows on, as for any module.
     """
-    data = tensor._data
-    watched = any(other.point is hook_point for other in data.watches)
-    if watched or not hook_point._backward_hooks or not torch.is_grad_enabled() or not data.requires_grad:
+    parts, hooks = parts_of(tensor), list(hook_point._backward_hooks.values())
+    watched = any(other.point is hook_point for part in parts for other in part._data.watches)
+    if watched or not hooks or not torch.is_grad_enabled() or not any(part._data.requires_grad for part in parts):
         return
-    new = Watch(tensor, hook_point)
-    data.block_values().register_hook(new.deliver)
-    data.watches = (*data.watches, new)
+    watches = [Watch(part, hook_point) for part in parts]
+
+    def deliver(*grads: Tensor) -> Sequence[Tensor]:
+        output = join([each.output(grad) for each, grad in zip(watches, grads, strict=True)])
+        for hook in hooks:
+            result = hook(hook_point, (_as_gradients(watches, grads),), (output,))
+            if result is not None:
+                grads = _values_of(result[0] if isinstance(result, tuple) else result, watches, grads)
+        return grads
+
+    _on_values(parts, [part._data.block_values() for part in parts], deliver)
+    for part, new in zip(parts, watches, strict=True):
+        part._data.watches = (*part._data.watches, new)
+
+
+def _on_values(
+    parts: Sequence[BlockSparseTensor], values: Sequence[Tensor], hook: Callable[..., Sequence[Tensor]]
+) -> RemovableHandle:
+    """Let the gradients of the values of all parts pass through `hook`, at once."""
+    if len(parts) == 1:
+        return values[0].register_hook(lambda grad: hook(grad)[0])
+    hooks: OrderedDict[int, Any] = OrderedDict()
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    for part, together in zip(parts, _Together.apply(hooks, *values), strict=True):
+        part._data.values = together
+    return handle
 
 
 def at_use(data: BlockData, values: Tensor) -> Tensor:
@@ -115,15 +154,31 @@ def as_gradient(like: BlockSparseTensor, values: Tensor, layout: BlockLayout) ->
     return BlockSparseTensor(data, like._view, like.dtype)
 
 
-def _values_of(grad: Any, layout: BlockLayout, like: Tensor) -> Tensor:
+def _as_gradients(watches: Sequence[Watch], grads: Sequence[Tensor]) -> Sparse:
+    return join([as_gradient(each.tensor, grad, each.layout) for each, grad in zip(watches, grads, strict=True)])
+
+
+def _values_of(result: Any, watches: Sequence[Watch], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a hook returned in place of the gradients, on the same blocks."""
+    parts = parts_of(result)
+    if len(parts) != len(watches):
+        raise _wrong_gradient(result)
+    return tuple(_part_values(x, each.layout, grad) for x, each, grad in zip(parts, watches, grads, strict=True))
+
+
+def _part_values(grad: Any, layout: BlockLayout, like: Tensor) -> Tensor:
     if not isinstance(grad, BlockSparseTensor) or grad._data.layout.shape != layout.shape:
-        raise TypeError(
-            f"A backward hook on attention scores or pattern returned {type(grad).__name__}; expected the sparse gradient "
-            "that it was given, changed, or None."
-        )
+        raise _wrong_gradient(grad)
     values = grad._data.block_values().to(like.dtype)
     own = grad._data.layout
     return values if own.kv_indices is layout.kv_indices else relayout(values, own, layout, 0.0)
+
+
+def _wrong_gradient(grad: Any) -> TypeError:
+    return TypeError(
+        f"A backward hook on attention scores or pattern returned {type(grad).__name__}; expected the sparse gradient "
+        "that it was given, changed, or None."
+    )
 
 
 Leaf = tuple[Tensor, Callable[[Tensor], Tensor]]
@@ -172,59 +227,76 @@ def _through_attention(pattern: PatternData, tap: Tap, grad: Tensor) -> Tensor:
 
 def _grad(*args: Any, **kwargs: Any) -> Any:
     """`tensor.grad`, and `torch.autograd.grad(outputs, inputs)` with sparse tensors among the inputs."""
-    if len(args) == 1 and not kwargs:
-        data = args[0]._data
-        return None if data.values is None or data.values.grad is None else as_gradient(args[0], data.values.grad, data.layout)
-    return _autograd_grad(*args, **kwargs)
+    if len(args) > 1 or kwargs:
+        return _autograd_grad(*args, **kwargs)
+    values = [part._data.values for part in parts_of(args[0])]
+    grads = [[x.grad] if x is not None and x.grad is not None else [] for x in values]
+    return _joined_total(args[0], grads) if any(grads) else None
 
 
 def _autograd_grad(outputs: Any, inputs: Any, *, allow_unused: bool | None = None, **kwargs: Any) -> Any:
-    if any(isinstance(x, BlockSparseTensor) for x in (outputs if isinstance(outputs, tuple | list) else (outputs,))):
+    if any(isinstance(x, Sparse) for x in (outputs if isinstance(outputs, tuple | list) else (outputs,))):
         raise NotImplementedError("torch.autograd.grad of a sparse tensor: expected ordinary outputs; reduce it first.")
     if kwargs.get("create_graph"):
         raise NotImplementedError("create_graph=True is not supported for sparse attention; gradients are of first order.")
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    leaves: list[list[Leaf]] = [_leaves(x._data) if isinstance(x, BlockSparseTensor) else [(x, _unchanged)] for x in inputs]
-    flat = [leaf for group in leaves for leaf, _ in group]
+    leaves = [[_leaves_of(part) for part in parts_of(x)] for x in inputs]
+    flat = [leaf for parts in leaves for group in parts for leaf, _ in group]
     found = iter(torch.autograd.grad(outputs, flat, allow_unused=True, **kwargs) if flat else ())
-    return tuple(_gather(x, group, found, bool(allow_unused)) for x, group in zip(inputs, leaves, strict=True))
+    return tuple(_gather(x, parts, found, bool(allow_unused)) for x, parts in zip(inputs, leaves, strict=True))
 
 
-def _gather(x: Tensor, leaves: list[Leaf], found: Iterator[Tensor | None], allow_unused: bool) -> Tensor | None:
-    """The gradient of one input: the sum over the tensors that stand for it."""
-    parts = [finish(grad) for _, finish in leaves if (grad := next(found)) is not None]
-    if not parts and not allow_unused:
+def _leaves_of(x: Any) -> list[Leaf]:
+    return _leaves(x._data) if isinstance(x, BlockSparseTensor) else [(x, _unchanged)]
+
+
+def _gather(x: Any, leaves: list[list[Leaf]], found: Iterator[Tensor | None], allow_unused: bool) -> Tensor | None:
+    """The gradient of one input: for each part the sum over the tensors that stand for it."""
+    sums = [[finish(grad) for _, finish in group if (grad := next(found)) is not None] for group in leaves]
+    if not any(sums) and not allow_unused:
         raise RuntimeError(
             "One of the inputs is not part of the graph of the outputs (any more): run the model with gradients enabled, "
             "keep the output alive, and take the gradient of something computed from it. allow_unused=True gives None."
         )
-    if not parts:
+    if not any(sums):
         return None
-    total = sum(parts[1:], parts[0])
-    return as_gradient(x, total, x._data.layout) if isinstance(x, BlockSparseTensor) else total
+    return _joined_total(x, sums)
+
+
+def _joined_total(x: Any, grads: list[list[Tensor]]) -> Any:
+    return join([_total(part, each) for part, each in zip(parts_of(x), grads, strict=True)])
+
+
+def _total(part: Tensor, grads: list[Tensor]) -> Tensor:
+    if not grads:
+        return torch.zeros_like(part)
+    total = sum(grads[1:], grads[0])
+    return as_gradient(part, total, part._data.layout) if isinstance(part, BlockSparseTensor) else total
 
 
 def _unchanged(grad: Tensor) -> Tensor:
     return grad
 
 
-def _register_hook(tensor: BlockSparseTensor, hook: Callable[[Any], Any]) -> Any:
+def _register_hook(tensor: Sparse, hook: Callable[[Any], Any]) -> Any:
     """`tensor.register_hook(f)`: f gets the sparse gradient; what it returns replaces it."""
-    layout = tensor._data.layout
+    parts = parts_of(tensor)
+    places = [Watch(part, Module()) for part in parts]
 
-    def on_values(grad: Tensor) -> Tensor | None:
-        result = hook(as_gradient(tensor, grad, layout))
-        return None if result is None else _values_of(result, layout, grad)
+    def on_values(*grads: Tensor) -> Sequence[Tensor]:
+        result = hook(_as_gradients(places, grads))
+        return grads if result is None else _values_of(result, places, grads)
 
-    return _in_graph(tensor).register_hook(on_values)
-
-
-def _retain_grad(tensor: BlockSparseTensor) -> None:
-    _in_graph(tensor).retain_grad()
+    return _on_values(parts, [_in_graph(part) for part in parts], on_values)
 
 
-def _requires_grad_(tensor: BlockSparseTensor, requires_grad: bool = True) -> Any:
-    if not requires_grad and not tensor._data.in_graph:
+def _retain_grad(tensor: Sparse) -> None:
+    for part in parts_of(tensor):
+        _in_graph(part).retain_grad()
+
+
+def _requires_grad_(tensor: Sparse, requires_grad: bool = True) -> Any:
+    if not requires_grad and not any(part._data.in_graph for part in parts_of(tensor)):
         return tensor
     raise NotImplementedError("requires_grad_() is not supported on a sparse tensor: it has no values of its own in a graph.")
 
