@@ -150,16 +150,16 @@ def _joined(parts: list[SoftmaxRows], mask: AttentionMask) -> SoftmaxRows:
     if sink is not None and last.products.sink is not None and sink.shape[2] > 1:
         sink = torch.cat([sink, last.products.sink], 2)
     q = torch.cat([first.products.q, last.products.q], 2)
-    layout = first.layout
-    assert layout.kv_indices is not None
-    assert layout.kv_num_blocks is not None
-    missing = -(-mask.query_length // layout.block_q) - layout.n_q_blocks
-    indices, number = pad(layout.kv_indices, (0, 0, 0, missing)), pad(layout.kv_num_blocks, (0, missing))
+    layout = replace(first.layout, mask=mask)
+    if layout.kv_indices is not None and layout.kv_num_blocks is not None:
+        missing = layout.n_q_blocks - first.layout.n_q_blocks
+        indices, number = pad(layout.kv_indices, (0, 0, 0, missing)), pad(layout.kv_num_blocks, (0, missing))
+        layout = replace(layout, kv_indices=indices, kv_num_blocks=number)
     start = first.shown.start if first.shown else n_first + last.shown.start
     stop = n_first + last.shown.stop if last.shown else first.shown.stop
     return SoftmaxRows(
         replace(first.products, q=q, sink=sink, versions=()),
-        replace(layout, kv_indices=indices, kv_num_blocks=number, mask=mask),
+        layout,
         range(start, stop),
         n_first,
     )

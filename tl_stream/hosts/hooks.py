@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.gradients import watch
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores import AttentionScores

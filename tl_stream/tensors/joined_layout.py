@@ -145,8 +145,11 @@ class JoinedLayout:
 
 
 def with_dense_queries(layout: BlockLayout | JoinedLayout, n: int) -> BlockLayout | JoinedLayout:
-    """The same layout, whose last `n` queries (or more, where it has more such queries) keep whatever the mask allows."""
-    if layout.is_full or n <= (layout.parts[-1].shape[2] if isinstance(layout, JoinedLayout) else 0):
+    """The same layout, whose last `n` queries (or more, where it has more such queries) keep whatever the mask allows.
+
+    A full one is cut as well: what is computed of several layers of a run is carried out on each part.
+    """
+    if n <= (layout.parts[-1].shape[2] if isinstance(layout, JoinedLayout) else 0):
         return layout
     mask, start = layout.mask, layout.shape[2] - n
     if start <= 0:
