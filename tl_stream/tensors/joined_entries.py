@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class JoinedEntries(Source):
             places.append(place)
         return torch.cat(found)[torch.cat(places).argsort()].view(coordinates[0].shape)
 
-    def write(self, value: Tensor) -> None:
+    def write(self, value: Any) -> None:
         coordinates = self._coordinates()
         source = torch.as_tensor(value, device=self.tensor.device).as_subclass(Tensor).expand(coordinates[0].shape).reshape(-1)
         extend = isinstance(value, SliceView) and value.is_sparse_part
