@@ -20,6 +20,8 @@ from tl_stream.audit import Audit, audit
 from tl_stream.config import StreamConfig
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.joined import JoinedTensor
+from tl_stream.tensors.joined_layout import JoinedLayout
 from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
 from tl_stream.tensors.wrapper import SparseTensor
@@ -72,15 +74,15 @@ class SparseActivationCache(ActivationCache):
         )
 
     @property
-    def patterns(self) -> dict[int, BlockSparseTensor]:
+    def patterns(self) -> dict[int, BlockSparseTensor | JoinedTensor]:
         """The cached patterns by layer."""
         return {
-            tensor._data.origin.layer: tensor
+            tensor.origin.layer: tensor
             for name, tensor in self.cache_dict.items()
-            if isinstance(tensor, BlockSparseTensor) and name.endswith("hook_pattern")
+            if isinstance(tensor, BlockSparseTensor | JoinedTensor) and name.endswith("hook_pattern")
         }
 
-    def block_layout(self, layer: int) -> BlockLayout:
+    def block_layout(self, layer: int) -> BlockLayout | JoinedLayout:
         """Kept blocks of a layer.
 
         Raises:

@@ -39,6 +39,9 @@ class StreamConfig:
         keep_local: Keep every query block's own key block, whatever its score.
         keep_sink: Keep the first key block, whatever its score.
         dense_layers: Layers left dense: the first n (an int), or the given layer indices (a tuple).
+        dense_queries: The last so many query rows of each forward pass read everything that the mask allows, in every layer, in
+            O(dense_queries T) time and memory: then what decides the next token is exact, given the rest. The other rows are
+            as without. A step of generation is such a row. (Rows of padding count: pad on the left.)
         layout_from: A cache of an earlier run, whose kept blocks this run keeps, too, instead of estimating its own: to
             compare or patch runs on the same blocks. The texts must be of one length.
         decode: What a step of generation (one query, earlier keys in a KV cache) reads: `"sparse"`, the `k` key blocks
@@ -55,7 +58,7 @@ class StreamConfig:
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: A field is out of range.
+        ValueError: A field is out of range, or `dense_queries` was given with `forward="exact"`, which reads everything anyway.
     """
 
     block_q: int = 32
@@ -68,6 +71,7 @@ class StreamConfig:
     keep_local: bool = False
     keep_sink: bool = False
     dense_layers: int | tuple[int, ...] = 0
+    dense_queries: int = 0
     layout_from: Any = field(default=None, compare=False)
     decode: str = "sparse"
     forward: str = "sparse"
@@ -79,7 +83,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k", "beam"):
             _check_int(name, getattr(self, name), minimum=1)
-        for name in ("max_dense", "exact_below"):
+        for name in ("max_dense", "exact_below", "dense_queries"):
             _check_int(name, getattr(self, name), minimum=0)
         as_budget(self.k)
         if self.leaf_queries is not None:
@@ -94,6 +98,11 @@ class StreamConfig:
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("decode", self.decode, DECODE)
         _check_choice("forward", self.forward, FORWARD)
+        if self.dense_queries and self.forward == "exact":
+            raise ValueError(
+                f"dense_queries was {self.dense_queries} with forward='exact', where every row reads everything; expected "
+                "one of the two. Leave dense_queries out."
+            )
         if self.layout_from is not None and not callable(getattr(self.layout_from, "block_layout", None)):
             raise TypeError(
                 f"layout_from was a {type(self.layout_from).__name__}; expected a SparseActivationCache (of a run that cached "

@@ -235,20 +235,21 @@ class BlockLayout:
         part = self._with_indices(lambda indices: indices[texts][:, heads], mask)
         return replace(part, batch=len(texts), n_heads=len(heads))
 
+    def first_rows(self, n: int) -> BlockLayout:
+        """The layout of the first `n` queries."""
+        n_blocks = -(-n // self.block_q)
+        mask = self.mask.part(range(n), range(self.mask.key_length))
+        return self._with_indices(lambda indices: indices[:, :, :n_blocks], mask)
+
     def for_run(self, mask: AttentionMask, batch: int, n_heads: int) -> BlockLayout:
         """The same blocks under the mask of another run; a layout of one text serves every text.
 
         Raises:
             ValueError: The run is of another size.
         """
-        own, other = self.shape, (batch, n_heads, mask.query_length, mask.key_length)
-        if own[1:] != other[1:] or own[0] not in (1, batch):
-            raise ValueError(
-                f"layout_from held a layout of (batch, head_index, query_pos, key_pos) = {own}; expected {other}, the size of "
-                "this run. Trace a text of the same length, or leave layout_from out."
-            )
-        texts = torch.arange(batch, device=self.device) % own[0]
-        part = self if own[0] == batch else self.select(texts, torch.arange(n_heads, device=self.device))
+        check_run(self.shape, (batch, n_heads, mask.query_length, mask.key_length))
+        texts = torch.arange(batch, device=self.device) % self.batch
+        part = self if self.batch == batch else self.select(texts, torch.arange(n_heads, device=self.device))
         return replace(part.to(mask.device), mask=mask)
 
     def __repr__(self) -> str:
@@ -292,3 +293,12 @@ class BlockLayout:
                 f"to_dense() would make {batch} x {heads} x {queries} x {keys} = {entries:,} entries; at most "
                 f"{MAX_DENSE_ENTRIES:,} are made. Take fewer heads or a range of queries, or use to_block_dense()."
             )
+
+
+def check_run(own: tuple[int, int, int, int], run: tuple[int, int, int, int]) -> None:
+    """Raise ValueError where a layout of shape `own` can't serve a run of that shape."""
+    if own[1:] != run[1:] or own[0] not in (1, run[0]):
+        raise ValueError(
+            f"layout_from held a layout of (batch, head_index, query_pos, key_pos) = {own}; expected {run}, the size of this "
+            "run. Trace a text of the same length, or leave layout_from out."
+        )

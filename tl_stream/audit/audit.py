@@ -25,12 +25,13 @@ from tl_stream.audit.result import Audit, HeadAudit, RowsAudit
 from tl_stream.audit.rows import SoftmaxRows
 from tl_stream.audit.verdict import head_reasons, rows_reasons
 from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.retained import kept_lse
 
 
 @torch.no_grad()
 def audit(
-    patterns: Mapping[int, BlockSparseTensor],
+    patterns: Mapping[int, BlockSparseTensor | JoinedTensor],
     rows: int | Sequence[int] = 1,
     sample: int = 64,
     *,
@@ -74,7 +75,7 @@ class _Layer(NamedTuple):
     others: Int[Tensor, " other"]
 
     @classmethod
-    def of(cls, pattern: BlockSparseTensor, text: int, rows: int | Sequence[int]) -> _Layer:
+    def of(cls, pattern: BlockSparseTensor | JoinedTensor, text: int, rows: int | Sequence[int]) -> _Layer:
         softmax = SoftmaxRows.of(pattern).text(text)
         lse = kept_lse(pattern)[text : text + 1]
         shown = torch.arange(softmax.shown.start, softmax.shown.stop, device=softmax.layout.device)
@@ -142,7 +143,7 @@ def _picked(shown: Tensor, rows: Sequence[int]) -> Tensor:
     return shown[list(dict.fromkeys(row % n for row in rows))]
 
 
-def _check(patterns: Mapping[int, BlockSparseTensor], rows: int | Sequence[int], sample: int) -> None:
+def _check(patterns: Mapping[int, BlockSparseTensor | JoinedTensor], rows: int | Sequence[int], sample: int) -> None:
     if not patterns:
         raise ValueError("The cache holds no pattern; expected hook_pattern among names_filter.")
     if (rows if isinstance(rows, int) else len(rows)) < 1:

@@ -69,7 +69,9 @@ def estimated_mass(
         logits = [_node_logits(rows, moments, spans, start, stop), *_edge_logits(rows, spans, start, stop)]
         parts.append(torch.cat(logits, -1).logsumexp(-1).flatten(2, 3))
     dropped = torch.cat(parts, 2)[:, :, : layout.mask.query_length]
-    return (lse - dropped).sigmoid().nan_to_num(1.0)
+    mass = (lse - dropped).sigmoid().nan_to_num(1.0)
+    mass[:, :, rows.dense_from :] = 1.0
+    return mass
 
 
 class _Spans(NamedTuple):

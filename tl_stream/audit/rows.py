@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tl_stream import score_mod
 from tl_stream.layout import BlockLayout
+from tl_stream.masking import AttentionMask
 from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.products import Products
 from tl_stream.tensors.retained import recomputable
 
@@ -26,27 +29,31 @@ class SoftmaxRows:
         products: q, k and what the model did to their product.
         layout: Kept blocks, and the mask.
         shown: Query rows that the pattern shows; the methods' rows are query positions, shown or not.
+        dense_from: The rows from here on keep everything, whatever the layout says.
     """
 
     products: Products
     layout: BlockLayout
     shown: range
+    dense_from: int
 
     @classmethod
-    def of(cls, pattern: BlockSparseTensor) -> SoftmaxRows:
+    def of(cls, pattern: BlockSparseTensor | JoinedTensor) -> SoftmaxRows:
         """The rows of a pattern.
 
         Raises:
             TypeError: The pattern was written to, so that q and k no longer give it.
         """
+        if isinstance(pattern, JoinedTensor):
+            return _joined([cls.of(part) for part in pattern.parts], pattern.block_layout.mask)
         data, products = recomputable(pattern)
-        return cls(products.detach(), data.layout, pattern._view.rows)
+        return cls(products.detach(), data.layout, pattern._view.rows, data.layout.mask.query_length)
 
     def text(self, index: int) -> SoftmaxRows:
         """One text of the batch; O(T d_head) to copy its q and k."""
         device = self.layout.device
         chosen = torch.tensor([index], device=device), torch.arange(self.layout.n_heads, device=device)
-        return SoftmaxRows(self.products.select(*chosen), self.layout.select(*chosen), self.shown)
+        return replace(self, products=self.products.select(*chosen), layout=self.layout.select(*chosen))
 
     def scores(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "batch head_index row key_pos"]:
         """Scores of every key, -inf where the mask forbids. O(T d_head) a row."""
@@ -71,7 +78,8 @@ class SoftmaxRows:
         used = torch.arange(layout.n_slots, device=layout.device) < layout.kv_num_blocks[:, :, block, None]
         counts = torch.zeros(*shape[:3], layout.n_kv_blocks, dtype=torch.int32, device=layout.device)
         blocks = counts.scatter_add(-1, indices, used.int()) > 0
-        return blocks.repeat_interleave(layout.block_k, -1)[..., : layout.mask.key_length]
+        kept = blocks.repeat_interleave(layout.block_k, -1)[..., : layout.mask.key_length]
+        return kept | (rows >= self.dense_from)[:, None]
 
     def softmax(self, scores: Float[Tensor, "batch head_index row key_pos"], rows: Int[Tensor, " row"]) -> Tensor:
         """Softmax of `scores` (those of `rows`), beside the sink logit if there is one; 0 for a row that reads nothing."""
@@ -118,7 +126,8 @@ class SoftmaxRows:
         inside = (layout.kv_indices >= first[:, None]) & (layout.kv_indices < last[:, None])
         kept = (inside & (slots < layout.kv_num_blocks[..., None])).sum(-1)
         some_dropped = (kept < last - first).any(1)
-        return some_dropped.repeat_interleave(layout.block_q, -1)[:, : layout.mask.query_length]
+        by_row = some_dropped.repeat_interleave(layout.block_q, -1)[:, : layout.mask.query_length]
+        return by_row & (torch.arange(by_row.shape[-1], device=layout.device) < self.dense_from)
 
     def _retained(self, rows: Int[Tensor, " row"]) -> Tensor:
         scores = self.scores(rows)
@@ -130,3 +139,27 @@ class SoftmaxRows:
         ranges = (torch.arange(n, device=rows.device) for n in (batch, heads, keys))
         text, head, key = ranges
         return text[:, None, None, None], head[:, None, None], rows[:, None], key
+
+
+def _joined(parts: list[SoftmaxRows], mask: AttentionMask) -> SoftmaxRows:
+    """Rows that keep some blocks, and after them rows that keep everything, under the mask of both."""
+    first, last = parts
+    for part in parts:
+        part.products.check_unchanged()
+    n_first, sink = first.layout.mask.query_length, first.products.sink
+    if sink is not None and last.products.sink is not None and sink.shape[2] > 1:
+        sink = torch.cat([sink, last.products.sink], 2)
+    q = torch.cat([first.products.q, last.products.q], 2)
+    layout = replace(first.layout, mask=mask)
+    if layout.kv_indices is not None and layout.kv_num_blocks is not None:
+        missing = layout.n_q_blocks - first.layout.n_q_blocks
+        indices, number = pad(layout.kv_indices, (0, 0, 0, missing)), pad(layout.kv_num_blocks, (0, missing))
+        layout = replace(layout, kv_indices=indices, kv_num_blocks=number)
+    start = first.shown.start if first.shown else n_first + last.shown.start
+    stop = n_first + last.shown.stop if last.shown else first.shown.stop
+    return SoftmaxRows(
+        replace(first.products, q=q, sink=sink, versions=()),
+        layout,
+        range(start, stop),
+        n_first,
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_stream.demo.result import HeadReading
 from tl_stream.tasks import NeedleTask
 from tl_stream.tensors import BlockSparsePattern
+from tl_stream.tensors.joined import JoinedTensor
 
 READS = 0.1  # a head reads the needle where some answer row puts this much of its probability there
 
@@ -44,7 +45,9 @@ def generate(model: Any, prompt: Int[Tensor, "batch pos"], task: NeedleTask) -> 
     def note(pattern: Tensor, hook: Any) -> None:
         row = pattern[0, :, -1:]
         needle.append(row[:, 0, task.needle.slice].sum(-1))
-        retained.append(row.retained_mass()[:, 0] if isinstance(row, BlockSparsePattern) else row.new_ones(len(row)))
+        retained.append(
+            row.retained_mass()[:, 0] if isinstance(row, BlockSparsePattern | JoinedTensor) else row.new_ones(len(row))
+        )
 
     with model.hooks(fwd_hooks=[(is_pattern, note)]):
         output = model.generate(prompt, max_new_tokens=len(task.value), do_sample=False, verbose=False)

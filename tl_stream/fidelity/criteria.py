@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.budget_result import Evaluation, Tokens
 from tl_stream.tensors import BlockSparsePattern
+from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tracing import sparse
 
 Logits = Float[Tensor, "batch pos d_vocab"]
@@ -111,7 +112,7 @@ class _Pairs:
         seen: set[str] = set()
 
         def note(pattern: Tensor, hook: Any) -> None:
-            if isinstance(pattern, BlockSparsePattern) and hook.name not in seen:
+            if isinstance(pattern, BlockSparsePattern | JoinedTensor) and hook.name not in seen:
                 seen.add(hook.name)
                 self.kept += pattern.block_layout.n_kept_pairs
                 self.allowed += pattern.block_layout.n_pairs

@@ -87,7 +87,8 @@ def _block_recall(full: Tensor, kept: Tensor, block_q: int, block_k: int) -> Flo
     """How many of the n key blocks with the greatest mass were kept, of n kept ones with any mass."""
     rows, keys = -full.shape[2] % block_q, -full.shape[3] % block_k
     mass = pad(full, (0, keys, 0, rows)).unflatten(2, (-1, block_q)).unflatten(-1, (-1, block_k)).sum((3, 5))
-    chosen = kept[:, :, ::block_q, ::block_k]
+    last_rows = torch.arange(block_q - 1, full.shape[2] + rows, block_q, device=full.device).clamp(max=full.shape[2] - 1)
+    chosen = kept[:, :, last_rows, ::block_k]  # where any row of a block keeps everything (dense_queries), the last one does
     number = chosen.sum(-1, keepdim=True)
     order = mass.argsort(-1, descending=True)
     wanted = (torch.arange(mass.shape[-1], device=mass.device) < number) & (mass.gather(-1, order) > 0)

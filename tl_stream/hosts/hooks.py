@@ -8,8 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.gradients import watch
+from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores import AttentionScores
 
@@ -22,7 +23,7 @@ def stream(scores: Tensor, hook: Any) -> Tensor:
 
 def watch_gradient(tensor: Tensor, hook: Any) -> Tensor:
     """Let the backward hooks of a hook point see the gradient of a sparse tensor."""
-    if isinstance(tensor, BlockSparseTensor):
+    if isinstance(tensor, BlockSparseTensor | JoinedTensor):
         watch(tensor, hook)
     return tensor
 

@@ -17,6 +17,8 @@ from tl_stream.tensors.arrangement import Arrangement
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.densify import flatten, make_dense
 from tl_stream.tensors.indexing import MAX_WINDOW, Picked
+from tl_stream.tensors.joined import JoinedTensor
+from tl_stream.tensors.joined_entries import JoinedEntries
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
 from tl_stream.tensors.products import Origin
 from tl_stream.tensors.slice_view import SliceView
@@ -31,7 +33,7 @@ REARRANGING = {
 class ArrangedTensor(SparseTensor):
     """See the module. `base` is sparse by blocks, or a stack of such tensors."""
 
-    rank = 1
+    rank = 2
     base: SparseTensor
     arrangement: Arrangement
 
@@ -186,11 +188,16 @@ def index(tensor: SparseTensor, key: Any) -> Any:
     return NotImplemented if plan is None else _shown(base[plan[0]], plan[1])
 
 
-def _picked(tensor: ArrangedTensor, pick: Callable[[Tensor], Tensor]) -> Picked | None:
+def _picked(tensor: ArrangedTensor, pick: Callable[[Tensor], Tensor]) -> Picked | JoinedEntries | None:
     """Single entries of what is shown; None where their coordinates would take too much memory."""
-    if not isinstance(tensor.base, BlockSparseTensor) or (tensor.arrangement.merges and tensor.numel() > MAX_WINDOW):
+    base = tensor.base
+    if not isinstance(base, BlockSparseTensor | JoinedTensor) or (tensor.arrangement.merges and tensor.numel() > MAX_WINDOW):
         return None
-    return Picked(tensor.base, lambda grid: pick(tensor.arrangement.apply(grid)))
+
+    def own(grid: Tensor) -> Tensor:
+        return pick(tensor.arrangement.apply(grid))
+
+    return Picked(base, own) if isinstance(base, BlockSparseTensor) else JoinedEntries(base, own)
 
 
 def _getitem(tensor: Any, key: Any) -> Any:

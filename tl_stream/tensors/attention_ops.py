@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_stream.tensors import gradients
+from tl_stream.tensors import backward_hooks, gradients
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
 from tl_stream.tensors.data import BlockData, PatternData, ScoresData
 from tl_stream.tensors.mask_tensor import MaskTensor
@@ -42,7 +42,7 @@ def pattern_of(scores: BlockSparseTensor, dtype: torch.dtype, sink: Tensor | Non
         pattern = BlockData(data.layout, 0.0, data.origin)
     if not data.is_lazy or data.rest is not None:
         values = data.block_values()
-        values = values.detach() if scores._detached else gradients.at_use(data, values)
+        values = values.detach() if scores._detached else backward_hooks.at_use(data, values)
         if rest is None:
             pattern.values, _ = block_softmax(values, data.layout, sink)
         else:

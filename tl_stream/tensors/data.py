@@ -30,7 +30,7 @@ class BlockData:
         origin: Where it comes from.
         values: Values on the kept blocks, `[batch, head_index, q_block, block_q, key]`; None: not made (yet).
         version: Number of writes so far.
-        watches: Backward hooks that are told the gradient of the values at their next use (`gradients.Watch`).
+        watches: Backward hooks that are told the gradient of the values at their next use (`backward_hooks.Watch`).
         taps: Where the gradient of a lazy pattern can be had while the graph lives (`gradients.Tap`), one a use.
         read_late: Whether values were made with a graph after the first use, so that taps don't tell everything.
         is_complete: Whether this goes on into the model, under `forward="exact"`: then it stands for all of its rows, what

@@ -9,6 +9,7 @@ import torch
 
 from tl_stream.tensors import (
     attention_ops,
+    backward_hooks,
     composite,
     einsum,
     elementwise,
@@ -151,6 +152,7 @@ _HANDLERS: dict[str, Handler] = {
     **reductions.HANDLERS,
     **slicing.HANDLERS,
     **gradients.HANDLERS,
+    **backward_hooks.HANDLERS,
     "stack": stack,
     "cat": _cat,
 }

@@ -1,8 +1,8 @@
-"""Gradients of sparse tensors: `torch.autograd.grad`, `register_hook`, `retain_grad`, and HookPoints' backward hooks.
+"""Gradients of sparse tensors: `torch.autograd.grad` and `.grad`.
 
 A lazy pattern has no values in the graph. Its gradient is that of z times v^T, on the kept blocks; the one of the scores
-follows by the softmax rule `dS = P * (dP - sum(P * dP))`. Where backward hooks wait, the values are made and are
-part of the graph.
+follows by the softmax rule `dS = P * (dP - sum(P * dP))`. Where backward hooks wait (`backward_hooks`), the values are made and
+are part of the graph.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from tl_stream.attention.chunks import whole
 from tl_stream.attention.gather import value_products, weigh_values
-from tl_stream.layout import BlockLayout
+from tl_stream.tensors.backward_hooks import Sparse, as_gradient, at_use
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData, ScoresData, relayout
+from tl_stream.tensors.data import BlockData, PatternData, ScoresData
+from tl_stream.tensors.joined import join, parts_of
 
 
 class Tap:
@@ -43,54 +43,6 @@ class _KeepAlive(torch.autograd.Function):
         return grad, None
 
 
-class Watch:
-    """Backward hooks of one HookPoint, on the values of one sparse tensor."""
-
-    def __init__(self, tensor: BlockSparseTensor, point: Module) -> None:
-        self.tensor, self.point = tensor, point
-        self.layout = tensor._data.layout
-        self.hooks = list(point._backward_hooks.values())
-        self.at_output: list[BlockSparseTensor] = []
-
-    def note(self, grad: Tensor, layout: BlockLayout) -> None:
-        """Remember the gradient where the values are used, after the forward hooks have edited them."""
-        self.at_output.append(as_gradient(self.tensor, grad, layout))
-
-    def deliver(self, grad: Tensor) -> Tensor:
-        """Call the hooks with grad_input and grad_output, once the gradient has come back to where the values were made."""
-        output = self.at_output.pop() if self.at_output else as_gradient(self.tensor, grad, self.layout)
-        for hook in self.hooks:
-            result = hook(self.point, (as_gradient(self.tensor, grad, self.layout),), (output,))
-            if result is not None:
-                grad = _values_of(result[0] if isinstance(result, tuple) else result, self.layout, grad)
-        return grad
-
-
-def watch(tensor: BlockSparseTensor, hook_point: Module) -> None:
-    """Let the backward hooks of `hook_point` fire with the gradient of `tensor` (a full backward hook's grad_output).
-
-    What a hook returns replaces the gradient that flows on, as for any module.
-    """
-    data = tensor._data
-    watched = any(other.point is hook_point for other in data.watches)
-    if watched or not hook_point._backward_hooks or not torch.is_grad_enabled() or not data.requires_grad:
-        return
-    new = Watch(tensor, hook_point)
-    data.block_values().register_hook(new.deliver)
-    data.watches = (*data.watches, new)
-
-
-def at_use(data: BlockData, values: Tensor) -> Tensor:
-    """`values`, on their way into the model: their gradient is shown to those who watch."""
-    if not values.requires_grad:
-        return values
-    layout = data.layout
-    for each in data.watches:
-        values = values.view_as(values)
-        values.register_hook(lambda grad, each=each: each.note(grad, layout))
-    return values
-
-
 def weigh(data: BlockData, v: Tensor, detached: bool) -> Tensor:
     """`pattern @ v`, `[batch, head_index, query_pos, d_v]`, watched by whoever wants the pattern's gradient."""
     if isinstance(data, PatternData):
@@ -107,23 +59,6 @@ def weigh(data: BlockData, v: Tensor, detached: bool) -> Tensor:
     for each in data.lineage:
         each.taps = (*each.taps, weakref.ref(tap))
     return _KeepAlive.apply(z, tap)
-
-
-def as_gradient(like: BlockSparseTensor, values: Tensor, layout: BlockLayout) -> BlockSparseTensor:
-    """Gradient values on the blocks of `layout`, as a tensor of the shape of `like`; 0 elsewhere."""
-    data = BlockData(layout, 0.0, like._data.origin, values.masked_fill(~layout.allowed(), 0))
-    return BlockSparseTensor(data, like._view, like.dtype)
-
-
-def _values_of(grad: Any, layout: BlockLayout, like: Tensor) -> Tensor:
-    if not isinstance(grad, BlockSparseTensor) or grad._data.layout.shape != layout.shape:
-        raise TypeError(
-            f"A backward hook on attention scores or pattern returned {type(grad).__name__}; expected the sparse gradient "
-            "that it was given, changed, or None."
-        )
-    values = grad._data.block_values().to(like.dtype)
-    own = grad._data.layout
-    return values if own.kv_indices is layout.kv_indices else relayout(values, own, layout, 0.0)
 
 
 Leaf = tuple[Tensor, Callable[[Tensor], Tensor]]
@@ -172,78 +107,55 @@ def _through_attention(pattern: PatternData, tap: Tap, grad: Tensor) -> Tensor:
 
 def _grad(*args: Any, **kwargs: Any) -> Any:
     """`tensor.grad`, and `torch.autograd.grad(outputs, inputs)` with sparse tensors among the inputs."""
-    if len(args) == 1 and not kwargs:
-        data = args[0]._data
-        return None if data.values is None or data.values.grad is None else as_gradient(args[0], data.values.grad, data.layout)
-    return _autograd_grad(*args, **kwargs)
+    if len(args) > 1 or kwargs:
+        return _autograd_grad(*args, **kwargs)
+    values = [part._data.values for part in parts_of(args[0])]
+    grads = [[x.grad] if x is not None and x.grad is not None else [] for x in values]
+    return _joined_total(args[0], grads) if any(grads) else None
 
 
 def _autograd_grad(outputs: Any, inputs: Any, *, allow_unused: bool | None = None, **kwargs: Any) -> Any:
-    if any(isinstance(x, BlockSparseTensor) for x in (outputs if isinstance(outputs, tuple | list) else (outputs,))):
+    if any(isinstance(x, Sparse) for x in (outputs if isinstance(outputs, tuple | list) else (outputs,))):
         raise NotImplementedError("torch.autograd.grad of a sparse tensor: expected ordinary outputs; reduce it first.")
     if kwargs.get("create_graph"):
         raise NotImplementedError("create_graph=True is not supported for sparse attention; gradients are of first order.")
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    leaves: list[list[Leaf]] = [_leaves(x._data) if isinstance(x, BlockSparseTensor) else [(x, _unchanged)] for x in inputs]
-    flat = [leaf for group in leaves for leaf, _ in group]
+    leaves = [[_leaves_of(part) for part in parts_of(x)] for x in inputs]
+    flat = [leaf for parts in leaves for group in parts for leaf, _ in group]
     found = iter(torch.autograd.grad(outputs, flat, allow_unused=True, **kwargs) if flat else ())
-    return tuple(_gather(x, group, found, bool(allow_unused)) for x, group in zip(inputs, leaves, strict=True))
+    return tuple(_gather(x, parts, found, bool(allow_unused)) for x, parts in zip(inputs, leaves, strict=True))
 
 
-def _gather(x: Tensor, leaves: list[Leaf], found: Iterator[Tensor | None], allow_unused: bool) -> Tensor | None:
-    """The gradient of one input: the sum over the tensors that stand for it."""
-    parts = [finish(grad) for _, finish in leaves if (grad := next(found)) is not None]
-    if not parts and not allow_unused:
+def _leaves_of(x: Any) -> list[Leaf]:
+    return _leaves(x._data) if isinstance(x, BlockSparseTensor) else [(x, _unchanged)]
+
+
+def _gather(x: Any, leaves: list[list[Leaf]], found: Iterator[Tensor | None], allow_unused: bool) -> Tensor | None:
+    """The gradient of one input: for each part the sum over the tensors that stand for it."""
+    sums = [[finish(grad) for _, finish in group if (grad := next(found)) is not None] for group in leaves]
+    if not any(sums) and not allow_unused:
         raise RuntimeError(
             "One of the inputs is not part of the graph of the outputs (any more): run the model with gradients enabled, "
             "keep the output alive, and take the gradient of something computed from it. allow_unused=True gives None."
         )
-    if not parts:
+    if not any(sums):
         return None
-    total = sum(parts[1:], parts[0])
-    return as_gradient(x, total, x._data.layout) if isinstance(x, BlockSparseTensor) else total
+    return _joined_total(x, sums)
+
+
+def _joined_total(x: Any, grads: list[list[Tensor]]) -> Any:
+    return join([_total(part, each) for part, each in zip(parts_of(x), grads, strict=True)])
+
+
+def _total(part: Tensor, grads: list[Tensor]) -> Tensor:
+    if not grads:
+        return torch.zeros_like(part)
+    total = sum(grads[1:], grads[0])
+    return as_gradient(part, total, part._data.layout) if isinstance(part, BlockSparseTensor) else total
 
 
 def _unchanged(grad: Tensor) -> Tensor:
     return grad
 
 
-def _register_hook(tensor: BlockSparseTensor, hook: Callable[[Any], Any]) -> Any:
-    """`tensor.register_hook(f)`: f gets the sparse gradient; what it returns replaces it."""
-    layout = tensor._data.layout
-
-    def on_values(grad: Tensor) -> Tensor | None:
-        result = hook(as_gradient(tensor, grad, layout))
-        return None if result is None else _values_of(result, layout, grad)
-
-    return _in_graph(tensor).register_hook(on_values)
-
-
-def _retain_grad(tensor: BlockSparseTensor) -> None:
-    _in_graph(tensor).retain_grad()
-
-
-def _requires_grad_(tensor: BlockSparseTensor, requires_grad: bool = True) -> Any:
-    if not requires_grad and not tensor._data.in_graph:
-        return tensor
-    raise NotImplementedError("requires_grad_() is not supported on a sparse tensor: it has no values of its own in a graph.")
-
-
-def _in_graph(tensor: BlockSparseTensor) -> Tensor:
-    if tensor._data.is_used:
-        raise RuntimeError(
-            "This sparse tensor was used by the model already, so that a hook would not see its gradient. Do this inside a "
-            "forward hook, or take torch.autograd.grad(loss, tensor)."
-        )
-    values = tensor._data.block_values() if tensor._data.requires_grad and not tensor._detached else None
-    if values is None or not values.requires_grad:
-        raise RuntimeError("This sparse tensor is not part of a graph: run the model with gradients enabled.")
-    return values
-
-
-HANDLERS: dict[str, Callable[..., Any]] = {
-    "grad": _grad,
-    "register_hook": _register_hook,
-    "retain_grad": _retain_grad,
-    "requires_grad_": _requires_grad_,
-}
+HANDLERS: dict[str, Callable[..., Any]] = {"grad": _grad}

@@ -37,7 +37,7 @@ def read(tensor: BlockSparseTensor, key: Any) -> Tensor:
     if taken is not None:
         return taken
     picked = Picked(tensor, lambda grid: grid[key])
-    return SliceView.of(picked) if _is_basic(key) else picked.read()
+    return SliceView.of(picked) if is_basic(key) else picked.read()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +64,19 @@ class Picked(Source):
         """
         tensor = self.tensor
         grids = [self.pick(grid) for grid in tensor._view.coordinates(tensor.device)]
-        _check_window(tensor, grids[0])
+        check_window(tensor._data.layout.shape, grids[0])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not tensor._detached):
             found = tensor._data.entries(*(grid.reshape(-1) for grid in grids)).to(tensor.dtype).view(grids[0].shape)
         return found.detach() if tensor._detached else found
 
-    def write(self, value: Tensor) -> None:
-        """Others in their place.
+    def write(self, value: Tensor, extend: bool = False) -> None:
+        """Others in their place; `extend`: blocks that they need are kept from here on.
 
         Raises:
             ValueError: A value other than `fill` outside the kept blocks.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.tensor._data.in_graph):
-            write_picked(self.tensor, self.pick, value)
+            write_picked(self.tensor, self.pick, value, extend)
         self.tensor._data.version += 1
 
 
@@ -91,7 +91,7 @@ def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
     with torch.set_grad_enabled(torch.is_grad_enabled() or tensor._data.in_graph):
         if isinstance(value, BlockSparseTensor):
             _write_sparse(tensor, key, value)
-        elif selection is not None and _is_scalar(value):
+        elif selection is not None and is_scalar(value):
             _write_scalar(tensor._data, selection, value)
         else:
             write_picked(tensor, lambda grid: grid[key], value)
@@ -132,7 +132,7 @@ def write_picked(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor], va
     """Values for the entries that `pick` takes; `extend`: blocks that they need are kept from here on."""
     data = tensor._data
     grids = [pick(grid) for grid in tensor._view.coordinates(data.layout.device)]
-    _check_window(tensor, grids[0])
+    check_window(tensor._data.layout.shape, grids[0])
     extend = extend or (isinstance(value, SliceView) and value.is_sparse_part)
     source = torch.as_tensor(value, device=data.layout.device)
     source = source.as_subclass(Tensor).expand(grids[0].shape).reshape(-1)
@@ -144,7 +144,7 @@ def write_picked(tensor: BlockSparseTensor, pick: Callable[[Tensor], Tensor], va
     if not data.hides_entries:
         lost = lost & _differs(source, data.fill)
     if bool(lost.any()):
-        if data.hides_entries and not _is_scalar(value):
+        if data.hides_entries and not is_scalar(value):
             raise not_recorded(data, int(lost.sum()))
         if not extend and not data.hides_entries:
             raise _lost(data, int(lost.sum()), source[lost][0].item())
@@ -180,8 +180,9 @@ def _write_sparse(tensor: BlockSparseTensor, key: Any, value: BlockSparseTensor)
         )
 
 
-def _check_window(tensor: BlockSparseTensor, grid: Tensor) -> None:
-    batch, heads, queries, keys = tensor._data.layout.shape
+def check_window(shape: tuple[int, int, int, int], grid: Tensor) -> None:
+    """Raise ValueError where an index takes more entries than come back dense out of a tensor on data of that shape."""
+    batch, heads, queries, keys = shape
     if grid.numel() > max(MAX_WINDOW, 16 * batch * heads * max(queries, keys)):
         raise ValueError(
             f"This index takes a dense window of {tuple(grid.shape)} = {grid.numel():,} entries out of a sparse tensor; at "
@@ -203,7 +204,7 @@ def _lost(data: BlockData, number: int, value: Any) -> ValueError:
 def _take(tensor: BlockSparseTensor, key: Any) -> BlockSparseTensor | None:
     """`tensor[key]` for a list of batch elements or heads beside slices: a copy, as in torch. None for any other index."""
     items = list(key) if isinstance(key, tuple) else [key]
-    lists = [i for i, item in enumerate(items) if _is_list(item)]
+    lists = [i for i, item in enumerate(items) if is_list(item)]
     if len(lists) != 1:
         return None
     listed = lists[0]
@@ -220,17 +221,19 @@ def _take(tensor: BlockSparseTensor, key: Any) -> BlockSparseTensor | None:
     return tensor.alias(view).with_data(data, tensor._detached)
 
 
-def _is_list(item: Any) -> bool:
+def is_list(item: Any) -> bool:
+    """Whether an index item is a list of indices, or a mask, along one dimension."""
     return isinstance(item, list) or getattr(item, "ndim", 0) == 1
 
 
-def _is_basic(key: Any) -> bool:
+def is_basic(key: Any) -> bool:
     """Whether torch gives a view for this index: ints, slices, None and Ellipsis only."""
     items = key if isinstance(key, tuple) else (key,)
     return all(x is None or x is Ellipsis or isinstance(x, slice) or is_integer(x) for x in items)
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
+    """Whether a value is one number."""
     return not isinstance(value, Tensor) or value.dim() == 0
 
 

@@ -120,9 +120,13 @@ class Products:
         """What holds the memory: q, k and the sink."""
         return [x for x in (self.q, self.k, self.sink) if x is not None]
 
-    def shifted_mods(self, first: int) -> tuple[ScoreMod, ...]:
-        """The score mods for queries that are counted from position `first`."""
-        return tuple(FromRow(mod, first) for mod in self.score_mods) if first else tuple(self.score_mods)
+    def rows(self, rows: range) -> Products:
+        """The products of some queries (a range of step 1), counted from the first of them."""
+        part, sink = slice(rows.start, rows.stop), self.sink
+        if sink is not None and sink.shape[2] > 1:
+            sink = sink[:, :, part]
+        mods = tuple(FromRow(mod, rows.start) for mod in self.score_mods) if rows.start else self.score_mods
+        return replace(self, q=self.q[:, :, part], score_mods=mods, sink=sink)
 
     def detach(self) -> Products:
         """The same without gradients."""

@@ -83,9 +83,7 @@ def _variance(tensor: Any, dim: Any = None, unbiased: bool = True, keepdim: bool
     dims, lost = dimensions(tensor, dim), float(unbiased) if correction is None else correction
     if folding.folds(tensor, dims):
         return folding.variance(tensor, dims, keepdim, lost)
-    n, mean, squares = _count(tensor, dims), _mean(tensor, dim, keepdim), _sum(tensor**2, dim, keepdim)
-    if mean is NotImplemented or squares is NotImplemented:
-        return NotImplemented
+    n, mean, squares = _count(tensor, dims), tensor.mean(dims, keepdim), (tensor**2).sum(dims, keepdim)
     return (squares - n * mean**2).clamp(min=0) / max(n - lost, 0)
 
 
@@ -99,7 +97,7 @@ def _nansum(tensor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _count_nonzero(tensor: Any, dim: Any = None) -> Any:
-    return _sum(tensor != 0, dim)
+    return (tensor != 0).sum(dim)
 
 
 def _logsumexp(tensor: Any, dim: Any, keepdim: bool = False) -> Any:

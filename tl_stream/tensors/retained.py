@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import PatternData
+from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.products import Products
 
 
@@ -19,47 +20,49 @@ from tl_stream.tensors.products import Products
 def retained_mass(pattern: BlockSparseTensor) -> Float[Tensor, "*batch_and_head query_pos"]:
     """See `BlockSparseTensor.retained_mass`: exp(lse over the kept keys - lse over all keys that the mask allows)."""
     data, products = recomputable(pattern)
-    rows = slice(pattern._view.rows.start, pattern._view.rows.stop)
-    share = _share_of_record(data, products)[:, :, rows] if data.is_exact else _share(data, products, rows)
+    rows = pattern._view.rows
+    share = _share_of_record(data, products, rows) if data.is_exact else _share(data, products, rows)
     return pattern.drop_indexed(share.nan_to_num(1.0))  # a row that may read nothing loses nothing
 
 
-def kept_lse(pattern: BlockSparseTensor) -> Float[Tensor, "batch head_index query_pos"]:
+def kept_lse(pattern: BlockSparseTensor | JoinedTensor) -> Float[Tensor, "batch head_index query_pos"]:
     """Log-sum-exp of every row over its kept keys, sink included."""
+    if isinstance(pattern, JoinedTensor):
+        return torch.cat([kept_lse(part) for part in pattern.parts], -1)
     data, products = recomputable(pattern)
     return products.attend(products.k[..., :0], data.layout, "gather")[1] if data.is_exact else data.row_lse()
 
 
-def _share_of_record(data: PatternData, products: Products) -> Tensor:
+def _share_of_record(data: PatternData, products: Products, rows: range) -> Tensor:
     """Of rows whose full log-sum-exp was recorded."""
     _, kept = replace(products, sink=None).attend(products.k[..., :0], data.layout, "gather")
-    return (kept - data.row_lse()).exp()
+    return (kept - data.row_lse()).exp()[:, :, rows.start : rows.stop]
 
 
-def _share(data: PatternData, products: Products, rows: slice) -> Tensor:
+def _share(data: PatternData, products: Products, rows: range) -> Tensor:
     """Of rows whose kept keys' log-sum-exp was recorded."""
-    mask = data.layout.mask
-    start = None if mask.start is None else mask.start[rows]
-    part = replace(mask, start=start, stop=mask.stop[rows])
-    sink = products.sink
-    if sink is not None and sink.shape[2] > 1:
-        sink = sink[:, :, rows]
-    queries = replace(products, q=products.q[:, :, rows], score_mods=products.shifted_mods(rows.start), sink=sink)
     layout = data.layout
-    full = BlockLayout.full(part, layout.block_q, layout.block_k, layout.batch, layout.n_heads)
-    _, everything = queries.attend(products.k[..., :0], full, "gather")
-    return (data.row_lse()[:, :, rows] - everything).exp()
+    kept = data.row_lse()[:, :, rows.start : rows.stop]
+    if layout.is_full:
+        return torch.ones_like(kept)
+    mask = layout.mask.part(rows, range(layout.mask.key_length))
+    full = BlockLayout.full(mask, layout.block_q, layout.block_k, layout.batch, layout.n_heads)
+    _, everything = products.rows(rows).attend(products.k[..., :0], full, "gather")
+    return (kept - everything).exp()
 
 
 @torch.no_grad()
-def exact_rows(pattern: BlockSparseTensor, rows: Sequence[int]) -> Float[Tensor, "*batch_and_head row key_pos"]:
+def exact_rows(pattern: BlockSparseTensor | JoinedTensor, rows: Sequence[int]) -> Float[Tensor, "*batch_and_head row key_pos"]:
     """See `SparseActivationCache.exact_rows`."""
+    if any(not 0 <= row < pattern.shape[-2] for row in rows):
+        raise IndexError(f"rows were {list(rows)}; expected query positions from 0 to {pattern.shape[-2] - 1}.")
+    if isinstance(pattern, JoinedTensor):
+        own = [(part, row - placed.start) for row in rows for part, placed in pattern.shown if row in placed]
+        return torch.cat([exact_rows(part, [row]) for part, row in own], -2)
     data, products = recomputable(pattern)
     layout = data.layout
     n_queries, n_keys = layout.seq_lengths
     shown = pattern._view.rows
-    if any(not 0 <= row < len(shown) for row in rows):
-        raise IndexError(f"rows were {list(rows)}; expected query positions from 0 to {len(shown) - 1}.")
     index = torch.tensor([shown[row] for row in rows], device=layout.device, dtype=torch.long)
     batch, head, query_pos, key_pos = torch.meshgrid(
         torch.arange(layout.batch, device=layout.device),

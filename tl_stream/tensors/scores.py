@@ -18,6 +18,8 @@ from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import BlockSparseScores
 from tl_stream.tensors.data import ScoresData
+from tl_stream.tensors.joined import JoinedTensor, join
+from tl_stream.tensors.joined_layout import JoinedLayout, with_dense_queries
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.merged_scores import MergedScores, view
 from tl_stream.tensors.names import function_name
@@ -81,8 +83,8 @@ class AttentionScores(Wrapper):
         mask = mask if self.mask is None else self.mask.intersect(mask)
         return AttentionScores(self.products, self.origin, mask, self.hooks)
 
-    def to_sparse_scores(self) -> BlockSparseScores:
-        """Let Stream choose the blocks to keep.
+    def to_sparse_scores(self) -> BlockSparseScores | JoinedTensor:
+        """Let Stream choose the blocks to keep; joined where the last rows read everything.
 
         Raises:
             ValueError: q or k holds NaN, or no mask was applied.
@@ -95,14 +97,22 @@ class AttentionScores(Wrapper):
             raise ValueError(f"The input was of {batch} texts of {n_queries} tokens; expected at least one of each.")
         check_numbers("q", products.q, self.origin)
         check_numbers("k", products.k, self.origin)
-        data = ScoresData(self._layout(), -torch.inf, self.origin).of(products)
-        return BlockSparseScores(data, dtype=self.dtype)
+        layout = with_dense_queries(self._layout(), self.origin.config.dense_queries)
+        if isinstance(layout, BlockLayout):
+            return self._on(layout, products)
+        first, last = layout.parts
+        start = first.shape[2]
+        return join([self._on(first, products.rows(range(start))), self._on(last, products.rows(range(start, n_queries)))])
 
     def find_rest(self) -> Rest:
         """What lies outside any blocks that Stream may keep."""
         return Rest(self.products, self.origin.config.backend)
 
-    def _layout(self) -> BlockLayout:
+    def _on(self, layout: BlockLayout, products: Products) -> BlockSparseScores:
+        data = ScoresData(layout, -torch.inf, self.origin).of(products)
+        return BlockSparseScores(data, dtype=self.dtype)
+
+    def _layout(self) -> BlockLayout | JoinedLayout:
         """The blocks to keep: all, those of an earlier run, or those of the estimate."""
         assert self.mask is not None
         config, products = self.origin.config, self.products

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_stream.tensors.attention_ops import pattern_of
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores
+from tl_stream.tensors.joined import JoinedTensor, join, parts_of
 from tl_stream.tensors.wrapper import Wrapper
 
 
@@ -23,7 +24,7 @@ class WithSink(Wrapper):
 
     what = "sparse scores with a sink column"
     advice = "edit them in hook_attn_scores"
-    sparse: BlockSparseScores | BlockSparsePattern
+    sparse: BlockSparseScores | BlockSparsePattern | JoinedTensor
     column: Float[Tensor, "batch head_index query_pos 1"] | None
 
     @staticmethod
@@ -45,10 +46,11 @@ class _RowMaximum(Tensor):
 
 def cat(tensors: Any, dim: int = 0) -> Any:
     """`torch.cat([scores, column], dim=-1)`."""
-    if len(tensors) != 2 or dim not in (-1, 3) or not isinstance(tensors[0], BlockSparseScores):
+    if len(tensors) != 2 or dim not in (-1, 3) or not isinstance(tensors[0], BlockSparseScores | JoinedTensor):
         return NotImplemented
     scores, column = tensors
-    if column.shape != (*scores.shape[:-1], 1) or not scores._view.is_whole(scores._data.layout.shape):
+    whole = all(part._view.is_whole(part._data.layout.shape) for part in parts_of(scores))
+    if column.shape != (*scores.shape[:-1], 1) or not whole:
         return NotImplemented
     return WithSink(scores, column)
 
@@ -67,7 +69,10 @@ def _sub(scores: Any, maximum: Any) -> Any:
 def _softmax(scores: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     if dim not in (-1, 3) or scores.column is None:
         return NotImplemented
-    return WithSink(pattern_of(scores.sparse, dtype or scores.dtype, sink=scores.column), None)
+    parts = parts_of(scores.sparse)
+    columns = scores.column.split([part.shape[-2] for part in parts], -2)
+    found = [pattern_of(part, dtype or scores.dtype, sink=column) for part, column in zip(parts, columns, strict=True)]
+    return WithSink(join(found), None)
 
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from tl_stream.tensors.wrapper import SparseTensor
 class StackedTensor(SparseTensor):
     """See the module."""
 
-    rank = 2
+    rank = 3
     parts: tuple[SparseTensor, ...]
 
     @staticmethod

@@ -17,6 +17,7 @@ from tl_stream.masking import AttentionMask
 from tl_stream.tensors.arranged import ArrangedTensor, arrange
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores, BlockSparseTensor
 from tl_stream.tensors.data import BlockData, LazyData, PatternData, ScoresData
+from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.stacked import StackedTensor
 from tl_stream.tensors.view import View
@@ -56,8 +57,8 @@ class Packer:
         """Any activation: an ordinary tensor or a sparse one."""
         if isinstance(tensor, ArrangedTensor):
             return {"kind": "ArrangedTensor", "base": self.pack(tensor.base), "groups": tensor.arrangement.groups}
-        if isinstance(tensor, StackedTensor):
-            return {"kind": "StackedTensor", "parts": [self.pack(part) for part in tensor.parts]}
+        if isinstance(tensor, JoinedTensor | StackedTensor):
+            return {"kind": type(tensor).__name__, "parts": [self.pack(part) for part in tensor.parts]}
         if not isinstance(tensor, BlockSparseTensor):
             return {"kind": "Tensor", "tensor": self.add(tensor)}
         data, view = tensor._data, tensor._view
@@ -125,8 +126,9 @@ class Unpacker:
             return self._tensor(entry["tensor"])
         if entry["kind"] == "ArrangedTensor":
             return arrange(self.unpack(entry["base"]), tuple(tuple(group) for group in entry["groups"]))
-        if entry["kind"] == "StackedTensor":
-            return StackedTensor(tuple(self.unpack(part) for part in entry["parts"]))
+        if "parts" in entry:
+            kind = JoinedTensor if entry["kind"] == "JoinedTensor" else StackedTensor
+            return kind(tuple(self.unpack(part) for part in entry["parts"]))
         origin = Origin(self.config, entry["layer"], entry["dense"], self.fallbacks)
         data = _DATA[entry["data"]](self._layout(entry["layout"]), entry["fill"], origin, self.get(entry["values"]))
         products = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from tl_stream.layout import BlockLayout
+from tl_stream.tensors.joined_layout import JoinedLayout
 
 MAX_BINS = 256
 OverQueries = Literal["mean", "max"]
@@ -43,7 +44,7 @@ class Bins:
                 raise ValueError(f"{name} was {getattr(self, name)}; expected an int >= 1.")
 
     @classmethod
-    def of(cls, layout: BlockLayout, max_bins: int = MAX_BINS) -> Bins:
+    def of(cls, layout: BlockLayout | JoinedLayout, max_bins: int = MAX_BINS) -> Bins:
         """A bin a block (the larger of block_q and block_k), or as many blocks a bin as `max_bins` asks for.
 
         Raises:
