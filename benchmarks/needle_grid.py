@@ -16,11 +16,11 @@ from rich.console import Console
 import tl_stream
 from tl_stream import StreamConfig
 from tl_stream.analysis import needle_grid
-from tl_stream.budget import Sqrt
+from tl_stream.budget import Budget, Sqrt
 
 LENGTHS = (1024, 4096)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-BUDGETS = {"k = 1": 1, "k = 2": 2, "k = sqrt(n)": Sqrt(1.0)}
+BUDGETS: dict[str, int | Budget] = {"k = 1": 1, "k = 2": 2, "k = sqrt(n)": Sqrt(1.0)}
 CONFIG = StreamConfig(block_q=16, block_k=16, estimator="dual")
 
 

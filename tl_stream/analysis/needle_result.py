@@ -103,7 +103,7 @@ class NeedleGrid:
         texts = f"{self.samples} text{'s' if self.samples > 1 else ''} a cell"
         figure.update_layout(
             title=f"{self.task}: retrieval accuracy, {texts}; exact for the sparse model",
-            coloraxis={"cmin": 0, "cmax": 1, "colorscale": "RdYlGn", "colorbar": {"title": "accuracy"}},
+            coloraxis={"cmin": 0, "cmax": 1, "colorscale": "Viridis", "colorbar": {"title": "accuracy"}},
             template="plotly_white",
             width=max(600, 140 + 280 * len(names)),
             height=170 + 45 * len(self.depths) + 60,
