@@ -2,10 +2,10 @@
 
     python benchmarks/needles.py [--quick] [--json FILE]
 
-The bundled model answers niah_single_1 and niah_multikey_1 (RULER, arXiv:2404.06654) at 4,096 tokens over depths x seeds
-that its training never used, by greedy generation: densely (the same weights in transformers, which is faster), with Stream's
-choice, and with two static choices of the same budget (the first block and the most recent ones; random blocks). All of it
-with the demo's one fixed config. Intervals are Wilson's, at 95 %.
+The bundled model answers niah_single_1 and, in noise, niah_multikey_1 (RULER, arXiv:2404.06654) at 4,096 tokens over depths x
+seeds that its training never used, by greedy generation: densely (the same weights in transformers, which is faster), with
+Stream's choice, and with two static choices of the same budget (the first block and the most recent ones; random blocks). All
+of it with the demo's one fixed config. Intervals are Wilson's, at 95 %.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tl_stream.models.evaluate import generate, wilson
 from tl_stream.tasks import niah_multikey_1, niah_single_1
 
 TOKENS = 4096
-TASKS = {"niah_single_1": niah_single_1, "niah_multikey_1": niah_multikey_1}
+TASKS: dict[str, Any] = {"niah_single_1": niah_single_1, "niah_multikey_1": niah_multikey_1}
 METHODS = ("dense", "stream", "window + sink", "random")
 CONFIGS = {
     "stream": CONFIG,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tl_stream
 from tl_stream import StreamConfig
-from tl_stream.tasks import niah_multikey_1, niah_single_1, reasoning_trace, variable_tracking
+from tl_stream.tasks import niah, niah_single_1, reasoning_trace, variable_tracking
 
 ENGLISH_MODEL = Path(__file__).parent / "english" / "model"
 FULL_ATTENTION = StreamConfig(k=10**9, max_dense=0)
@@ -68,7 +68,7 @@ def bundled_tasks(tokens: int, seed: int = 0) -> list[Source]:
     model = load_model("mini")
     prompts = {
         "needle": niah_single_1(model.tokenizer, tokens, seed=seed).prompt,
-        "needles": niah_multikey_1(model.tokenizer, tokens, seed=seed).prompt,
+        "needles": niah(model.tokenizer, tokens, keys=4, seed=seed).prompt,
         "variables": variable_tracking(model.tokenizer, tokens, seed=seed).prompt,
         "reasoning": reasoning_trace(model.tokenizer, tokens // SENTENCE_TOKENS, seed=seed).text,
     }

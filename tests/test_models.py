@@ -22,7 +22,7 @@ from tl_stream.models.evaluate import (
 )
 from tl_stream.models.tokenizer import build_tokenizer
 from tl_stream.models.train import STAGES
-from tl_stream.tasks import niah, niah_multikey_1, reasoning_trace, variable_tracking
+from tl_stream.tasks import niah, reasoning_trace, variable_tracking
 
 needs_hooked = pytest.mark.skipif(
     "hooked_transformer" not in model_classes().values(), reason="transformer-lens 4 has no HookedTransformer"
@@ -56,7 +56,7 @@ def test_hosts_agree_on_tokens_and_logits(host: str, model: LlamaForCausalLM, to
 @needs_hooked
 def test_hooked_generates_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     hooked = load(host="hooked")
-    task = niah_multikey_1(tokenizer, 512, depth=0.25, seed=11)
+    task = niah(tokenizer, 512, depth=0.25, keys=4, seed=11)
     output = hooked.generate(task.prompt, max_new_tokens=8, do_sample=False, verbose=False)
     assert str(output).removeprefix(task.prompt).strip().startswith(task.answer)
 

@@ -25,7 +25,7 @@ def text_at(tokenizer: PreTrainedTokenizerBase, text: str, span: Span) -> str:
 def test_prompts_have_exactly_the_asked_length(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
     for task in (
         niah_single_1(tokenizer, length, depth=0.3, seed=seed),
-        niah_multikey_1(tokenizer, length, depth=0.3, seed=seed),
+        niah_multikey_1(tokenizer, length, depth=0.3, haystack="noise", seed=seed),
         variable_tracking(tokenizer, length, seed=seed),
     ):
         ids = tokenizer(task.prompt)["input_ids"]
@@ -154,7 +154,7 @@ def test_traces_hold_all_kinds_of_sentences(tokenizer: PreTrainedTokenizerBase) 
 
 def test_the_seed_decides_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
     for make in (
-        lambda seed: niah_multikey_1(tokenizer, 300, depth=0.4, seed=seed),
+        lambda seed: niah_multikey_1(tokenizer, 300, depth=0.4, haystack="noise", seed=seed),
         lambda seed: variable_tracking(tokenizer, 300, seed=seed),
         lambda seed: reasoning_trace(tokenizer, 30, seed=seed),
     ):
@@ -168,7 +168,7 @@ def test_the_seed_decides_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
         (lambda t: niah(t, 500, depth=1.5), "depth: 1.5 is outside 0..1"),
         (lambda t: niah(t, 500, depth=float("nan")), "depth: nan is outside 0..1"),
         (lambda t: niah(t, 500, keys=0), "keys: got 0; expected 1.."),
-        (lambda t: niah_multikey_1(t, 60), "length: 60 tokens are too few"),
+        (lambda t: niah_multikey_1(t, 60, haystack="noise"), "length: 60 tokens are too few"),
         (lambda t: variable_tracking(t, 30), "length: 30 tokens are too few"),
         (lambda t: variable_tracking(t, 500, hops=-1), "chains, hops: got 1 and -1"),
         (lambda t: variable_tracking(t, 5000, chains=99), "chains, hops: got 99 and 4"),

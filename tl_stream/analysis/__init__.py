@@ -8,6 +8,8 @@ from tl_stream.analysis.flow_graph import FlowEdge, FlowGraph
 from tl_stream.analysis.head_result import HeadScore, HeadScores
 from tl_stream.analysis.head_scores import head_scores
 from tl_stream.analysis.information_flow import information_flow
+from tl_stream.analysis.needle_result import NeedleCell, NeedleGrid
+from tl_stream.analysis.needle_study import needle_grid
 from tl_stream.analysis.over_squashing import over_squashing
 from tl_stream.analysis.patching import patch_by_block
 from tl_stream.analysis.patching_result import Effect, PatchEffects
@@ -27,6 +29,8 @@ __all__ = [
     "HeadDifference",
     "HeadScore",
     "HeadScores",
+    "NeedleCell",
+    "NeedleGrid",
     "NeedleRoutes",
     "PatchEffects",
     "PathSums",
@@ -38,6 +42,7 @@ __all__ = [
     "flow_names",
     "head_scores",
     "information_flow",
+    "needle_grid",
     "needle_routes",
     "over_squashing",
     "patch_by_block",

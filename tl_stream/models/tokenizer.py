@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from tl_stream.tasks import needle, reasoning, text, tracking, vocabulary
+from tl_stream.tasks import filler, needle, reasoning, tracking, vocabulary
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 PIECE = r"▁?[A-Za-z]+|▁?[0-9]|▁?[^A-Za-z0-9▁]|▁"
@@ -53,7 +53,7 @@ def _task_texts() -> list[str]:
         *reasoning.CHECKS,
         *reasoning.FILLERS,
         reasoning.ANSWER,
-        *(*vocabulary.NOISE, text.STRETCH, text.STRETCH_WORD),
+        *(*vocabulary.NOISE, filler.STRETCH, filler.STRETCH_WORD),
     ]
     fixed = [re.sub(r"\{\w*\}", "", wording) for wording in wordings]
     return [*fixed, *vocabulary.KEYS, *vocabulary.NAMES, *vocabulary.VARIABLES]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from tl_stream.tasks.text import Span, TokenIndex, join
+from tl_stream.tasks.spans import Span, TokenIndex, join
 from tl_stream.tasks.vocabulary import NAMES
 
 SETUP = (
@@ -121,7 +121,7 @@ def reasoning_trace(
     the last few derived values, the rest anywhere before; the answer is the value derived last.
 
     Args:
-        tokenizer: a fast tokenizer; spans count the tokens it gives by default for `text`.
+        tokenizer: spans count the tokens it gives by default for `text`.
         sentences: how many sentences in all, 8 or more.
         rule_weights: how often each of RULES is drawn: more, fewer, as many, the larger of two.
         seed: the same seed gives the same trace.

@@ -1,91 +1,29 @@
-"""Texts of an exact token length, and where in the tokens each part of them lies."""
+"""Texts of an exact token length with sentences hidden in them."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from tl_stream.tasks.filler import Filler, check_known
+from tl_stream.tasks.spans import Part, TokenIndex, join
 from tl_stream.tasks.vocabulary import NOISE
 
-STRETCH = "So we walk{}."
-STRETCH_WORD = " on"
 CORRECTIONS = 8
 
-
-@dataclass(frozen=True)
-class Span:
-    """The half-open range of token positions `start <= position < stop`, special tokens such as BOS counted."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def slice(self) -> slice:
-        """The same range, to index tokens or activations with."""
-        return slice(self.start, self.stop)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A sentence (or several) of a text under construction, with the character range it ended up at."""
-
-    text: str
-    start: int
-    stop: int
-
-    def find(self, piece: str) -> tuple[int, int]:
-        """The character range of the last occurrence of `piece` in this part."""
-        start = self.start + self.text.rindex(piece)
-        return start, start + len(piece)
-
-
-def join(sentences: Sequence[str]) -> tuple[str, list[Part]]:
-    """The sentences joined by single spaces, and the character range of each."""
-    parts, start = [], 0
-    for sentence in sentences:
-        parts.append(Part(sentence, start, start + len(sentence)))
-        start += len(sentence) + 1
-    return " ".join(sentences), parts
-
-
-class TokenIndex:
-    """Maps character ranges of one text to token spans.
-
-    Tokens are those that `tokenizer(text)` gives by default, with whatever special tokens it adds.
-
-    Raises ValueError for a tokenizer that does not know the characters its tokens come from (a "slow" one).
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str):
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"tokenizer: {type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer "
-                "(PreTrainedTokenizerFast); load it with AutoTokenizer.from_pretrained(...)"
-            )
-        encoding = tokenizer(text, return_offsets_mapping=True)
-        self.ids: list[int] = encoding["input_ids"]
-        ends = [(stop, i) for i, (start, stop) in enumerate(encoding["offset_mapping"]) if stop > start]
-        self._stops = [stop for stop, _ in ends]
-        self._positions = [i for _, i in ends]
-
-    def span(self, start: int, stop: int) -> Span:
-        """The tokens that hold the characters `start <= c < stop`."""
-        first = bisect_left(self._stops, start + 1)
-        last = bisect_left(self._stops, stop)
-        return Span(self._positions[first], self._positions[last] + 1)
+Depth = float | int | Sequence[float | int] | None
+"""Where needles lie in a haystack: one place for all, a place for each, or None, at random. 0: before all else, 1: after."""
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text of exact token length: head, noise with sentences hidden in it, tail."""
+    """A text of exact token length: head, sentences with others hidden among them, tail."""
 
     text: str
     tokens: TokenIndex
+    head: Part
     hidden: tuple[Part, ...]
+    sentences: tuple[Part, ...]
     tail: Part
 
 
@@ -95,64 +33,72 @@ def build_haystack(
     head: str,
     hidden: Sequence[tuple[float, str]],
     tail: str,
+    sentences: Sequence[str] = NOISE,
 ) -> Haystack:
-    """Hides sentences among repeated noise sentences so that the whole has exactly `length` tokens.
+    """Hides sentences among others, repeated as often as it takes, so that the whole has exactly `length` tokens.
 
-    `hidden` holds (depth, sentence) pairs: depth 0 is before the first noise sentence, 1 after the last. What whole
-    noise sentences leave over is made up by stretching one last noise sentence word by word.
+    `hidden` holds (depth, sentence) pairs: that share of the other sentences comes before. What whole sentences leave over
+    is made up by short ones, and by stretching a last one token by token.
 
-    Raises ValueError when `length` is too short for head, tail and hidden sentences, or cannot be met exactly
-    with this tokenizer.
+    Raises ValueError when a depth lies outside 0..1, when `length` is too short for head, tail and hidden sentences, when it
+    can't be met exactly with this tokenizer, and when the tokenizer lacks words.
     """
     for depth, _ in hidden:
         if not 0.0 <= depth <= 1.0:
-            raise ValueError(f"depth: {depth} is outside 0..1; 0 puts the sentence first in the noise and 1 last")
+            raise ValueError(f"depth: {depth} is outside 0..1; 0 puts the sentence before all else and 1 last")
 
-    costs = _Costs(tokenizer)
+    filler = Filler(tokenizer, sentences)
     fixed = len(tokenizer(" ".join([head, *(sentence for _, sentence in hidden), tail]))["input_ids"])
-    if length < fixed + costs.stretch:
+    if length < fixed + filler.stretch.cost:
         raise ValueError(
             f"length: {length} tokens are too few; beginning, hidden sentences and question alone take {fixed}; "
-            f"ask for {fixed + costs.stretch} or more"
+            f"ask for {fixed + filler.stretch.cost} or more"
         )
     room = length - fixed
+    own, short, pieces = filler.fill(room)
     for _ in range(CORRECTIONS):
-        haystack = _assemble(tokenizer, head, costs.noise(room), hidden, tail)
+        last = " ".join([*short, filler.stretch.text(pieces)])
+        haystack = _assemble(tokenizer, head, [*own, last], hidden, tail)
         error = length - len(haystack.tokens.ids)
         if error == 0:
+            check_known(tokenizer, haystack.text)
             return haystack
         room += error
+        if 0 <= pieces + error < filler.longest:
+            pieces += error
+        else:
+            own, short, pieces = filler.fill(max(room, filler.stretch.cost))
     raise ValueError(f"length: found no noise that gives exactly {length} tokens with this tokenizer; try another")
 
 
-class _Costs:
-    """What the noise sentences cost in tokens, each taken alone."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        special = len(tokenizer("")["input_ids"])
-        self.sentences = [len(tokenizer(sentence)["input_ids"]) - special for sentence in NOISE]
-        self.stretch = len(tokenizer(STRETCH.format(""))["input_ids"]) - special
-
-    def noise(self, room: int) -> list[str]:
-        """Noise sentences in turn as long as there is room, then a stretched one that takes what is left."""
-        noise: list[str] = []
-        while room - (cost := self.sentences[len(noise) % len(NOISE)]) >= self.stretch:
-            noise.append(NOISE[len(noise) % len(NOISE)])
-            room -= cost
-        return [*noise, STRETCH.format(STRETCH_WORD * (room - self.stretch))]
-
-
 def _assemble(
-    tokenizer: PreTrainedTokenizerBase, head: str, noise: list[str], hidden: Sequence[tuple[float, str]], tail: str
+    tokenizer: PreTrainedTokenizerBase, head: str, sentences: list[str], hidden: Sequence[tuple[float, str]], tail: str
 ) -> Haystack:
     order = sorted(range(len(hidden)), key=lambda i: hidden[i][0])
-    sentences, places, done = [head], {}, 0
+    texts, places, done = [head], {}, 0
     for i in order:
-        before = round(hidden[i][0] * len(noise))
-        sentences += noise[done:before]
+        before = round(hidden[i][0] * len(sentences))
+        texts += sentences[done:before]
         done = before
-        places[i] = len(sentences)
-        sentences.append(hidden[i][1])
-    text, parts = join([*sentences, *noise[done:], tail])
+        places[i] = len(texts)
+        texts.append(hidden[i][1])
+    text, parts = join([*texts, *sentences[done:], tail])
     hidden_parts = tuple(parts[places[i]] for i in range(len(hidden)))
-    return Haystack(text, TokenIndex(tokenizer, text), hidden_parts, parts[-1])
+    others = sorted(set(range(1, len(parts) - 1)) - set(places.values()))[:-1]  # the last one is no whole sentence
+    return Haystack(text, TokenIndex(tokenizer, text), parts[0], hidden_parts, tuple(parts[i] for i in others), parts[-1])
+
+
+def given_depths(depth: Depth, needles: int, most: int) -> list[float | int]:
+    """The depths that a user has chosen, for at least so many needles unless for none (None).
+
+    Raises TypeError for what is no number, ValueError for a list that is too short or too long.
+    """
+    if depth is None:
+        return []
+    depths = list(depth) if isinstance(depth, Sequence) and not isinstance(depth, str) else [depth] * needles
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in depths):
+        raise TypeError(f"depth: got {depth!r}; expected a number in 0..1, a list of them, or None for random places")
+    if len(depths) not in (needles, most):
+        choice = f"{needles}" if needles == most else f"{needles} (the needles asked for) or {most} (all)"
+        raise ValueError(f"depth: got {len(depths)} depths; expected {choice}")
+    return depths

@@ -55,4 +55,5 @@ def _variables(count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-VARIABLES = _variables(128)
+CODES = _variables(512)
+VARIABLES = CODES[:128]

@@ -1,0 +1,89 @@
+"""A greedy answer to a needle task, and what became of the needles in the rows of attention that decided it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_stream.config import StreamConfig
+from tl_stream.layout import BlockLayout
+from tl_stream.tasks import Task
+from tl_stream.tracing import sparse
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleRun:
+    """What a model generates after a task's prompt. The row of a step is the last one it reads, which decides its token.
+
+    Attributes:
+        output: The generated text, as many tokens as the task's answer has.
+        attention: Probability on each token of the needles, in the row of each step.
+        kept: Whether that token lay in a kept block.
+        pruned: Share of the prompt's token pairs that were dropped, over all layers and heads.
+    """
+
+    output: str
+    attention: Float[Tensor, "layer step head_index needle_pos"]
+    kept: Bool[Tensor, "layer step head_index needle_pos"]
+    pruned: float
+
+    def retained(self, dense: NeedleRun) -> float:
+        """Share of the dense model's attention to the needles, over all rows, layers and heads, that is kept here.
+
+        Where the two generate different tokens, later rows of the same step are compared all the same. 1 where the dense model
+        attends to no needle.
+        """
+        total = dense.attention.sum()
+        return (dense.attention.masked_fill(~self.kept, 0.0).sum() / total).item() if total > 0 else 1.0
+
+
+def answer_tokens(tokenizer: Any, task: Task) -> int:
+    """How many tokens the task's answer takes."""
+    return len(tokenizer(f"{task.prompt} {task.answer}")["input_ids"]) - len(tokenizer(task.prompt)["input_ids"])
+
+
+@torch.no_grad()
+def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
+    """Generate as many tokens as the answer has. O(T) memory; with constant budgets O(T log T) time."""
+    prompt = torch.tensor([model.tokenizer(task.prompt)["input_ids"]], device=next(model.parameters()).device)
+    positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
+    notes = _Notes(positions)
+    steps = answer_tokens(model.tokenizer, task)
+    with sparse(model, config), model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), notes.take)]):
+        output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
+    text = model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+    attention, kept = (torch.stack([torch.stack(rows) for rows in x.values()]) for x in (notes.attention, notes.kept))
+    return NeedleRun(text, attention, kept, notes.pruned)
+
+
+class _Notes:
+    """Collects, as hooks fire, the needles' part of every last row; of the first pass, the prompt's, the pruned pairs."""
+
+    def __init__(self, positions: Int[Tensor, " needle_pos"]) -> None:
+        self.positions = positions
+        self.attention: dict[str, list[Tensor]] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+        self._kept_pairs = self._pairs = 0
+
+    def take(self, pattern: Any, hook: Any) -> None:
+        layout = pattern.block_layout
+        if hook.name not in self.attention:
+            self._kept_pairs += layout.n_kept_pairs
+            self._pairs += layout.n_pairs
+        self.attention.setdefault(hook.name, []).append(pattern[0, :, -1][:, self.positions].float())
+        self.kept.setdefault(hook.name, []).append(kept_in_last_row(layout, self.positions))
+
+    @property
+    def pruned(self) -> float:
+        return 1.0 - self._kept_pairs / self._pairs
+
+
+def kept_in_last_row(layout: BlockLayout, positions: Int[Tensor, " key"]) -> Bool[Tensor, "head_index key"]:
+    """Whether the last query block of the first text keeps the blocks of these keys."""
+    indices, used = layout.rows(layout.n_q_blocks - 1)
+    same = indices[0, :, 0, :, None] == positions // layout.block_k
+    return (same & used[0, :, 0, :, None]).any(1)

@@ -1,0 +1,40 @@
+"""What all tasks with known answers have in common, and how answers are scored."""
+
+from dataclasses import dataclass
+
+from tl_stream.tasks.spans import Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A prompt whose answer, and the places it depends on, are known by construction.
+
+    Attributes:
+        prompt: The text; the tokenizer that it was made for gives `length` tokens for it, special ones such as BOS counted.
+        answer: What follows the prompt, after a space, in a model that gets everything right.
+        references: The pieces that an answer is scored by, in order.
+        length: Number of tokens of the prompt.
+        needles: Tokens of the passages that the answer depends on.
+        distractors: Tokens of the passages that look like needles and aren't asked for.
+        question: Tokens from the question to the end of the prompt.
+        answer_prefix: Tokens of the question's end that the answer completes.
+    """
+
+    prompt: str
+    answer: str
+    references: tuple[str, ...]
+    length: int
+    needles: tuple[Span, ...]
+    distractors: tuple[Span, ...]
+    question: Span
+    answer_prefix: Span
+
+    def score(self, output: str) -> float:
+        """See `score`."""
+        return score(self, output)
+
+
+def score(task: Task, output: str) -> float:
+    """The share of the task's references that `output` holds, whatever their case (RULER's string match, arXiv:2404.06654)."""
+    text = output.lower()
+    return sum(reference.lower() in text for reference in task.references) / len(task.references)
