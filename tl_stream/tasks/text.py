@@ -88,7 +88,7 @@ def _assemble(
     return Haystack(text, TokenIndex(tokenizer, text), parts[0], hidden_parts, tuple(parts[i] for i in others), parts[-1])
 
 
-def given_depths(depth: Depth, needles: int, most: int) -> list[float | int]:
+def given_depths(depth: Depth, needles: int, most: int) -> list[float]:
     """The depths that a user has chosen, for at least so many needles unless for none (None).
 
     Raises TypeError for what is no number, ValueError for a list that is too short or too long.
@@ -101,4 +101,4 @@ def given_depths(depth: Depth, needles: int, most: int) -> list[float | int]:
     if len(depths) not in (needles, most):
         choice = f"{needles}" if needles == most else f"{needles} (the needles asked for) or {most} (all)"
         raise ValueError(f"depth: got {len(depths)} depths; expected {choice}")
-    return depths
+    return [float(each) for each in depths]
