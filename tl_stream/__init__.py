@@ -1,6 +1,6 @@
 """tl_stream: attention in long contexts, traced sparsely inside TransformerLens (Stream, arXiv:2510.19875)."""
 
-from tl_stream import budget, models, tasks
+from tl_stream import analysis, budget, models, tasks
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import estimate_layout
@@ -18,6 +18,7 @@ __all__ = [
     "SparseActivationCache",
     "StreamConfig",
     "Support",
+    "analysis",
     "budget",
     "distribute",
     "estimate_layout",

@@ -1,0 +1,1 @@
+"""The case studies, a module each with `run(options) -> dict`."""
