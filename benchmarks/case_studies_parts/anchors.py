@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     memory = long_text(model)  # first, since the peak is that of the whole process
     sentences, traces, suppressed = (60, 1, 1) if options.quick else (200, 3, 1)
     tasks = [tl_stream.tasks.reasoning_trace(model.tokenizer, sentences, seed=seed) for seed in range(traces)]
-    figures = {
+    figures: dict[str, Any] = {
         "tokens": [len(model.tokenizer(task.text)["input_ids"]) for task in tasks],
         "receivers": receivers(model, tasks),
         "suppression": [row for task in tasks[:suppressed] for row in suppressions(model, task)],

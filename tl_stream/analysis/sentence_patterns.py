@@ -52,7 +52,7 @@ def sentence_matrix(
         )
     total = torch.zeros(heads, (count + 1) ** 2, dtype=torch.float64, device=pattern.device)
     for head in range(heads):
-        for row, key, value in _entries(pattern[head], segments):
+        for row, key, value in _entries(pattern, head, segments):
             total[head].index_add_(0, (row * (count + 1) + key).flatten(), value.flatten())
     lengths = segments.lengths(pattern.device)
     return total.unflatten(1, (count + 1, count + 1))[:, :-1, :-1] / (lengths[:, None] * lengths)
@@ -65,7 +65,7 @@ def distant_means(pattern: BlockSparseTensor, segments: Segments, proximity: int
     weight = torch.cat([1.0 / lengths.double(), lengths.new_zeros(1)])
     total = torch.zeros(pattern.shape[0], count + 1, dtype=torch.float64, device=pattern.device)
     for head in range(pattern.shape[0]):
-        for row, key, value in _entries(pattern[head], segments):
+        for row, key, value in _entries(pattern, head, segments):
             distant = (row < count) & (row - key >= proximity)
             total[head].index_add_(0, key.flatten(), (value * weight[row] * distant).flatten())
     later = (count - proximity - torch.arange(count, device=pattern.device)).clamp(min=0)
@@ -92,11 +92,12 @@ def whole_pattern(cache: SparseActivationCache, layer: int, text: int = 0) -> Bl
 
 
 def _entries(
-    pattern: BlockSparseTensor, segments: Segments
+    pattern: BlockSparseTensor, head: int, segments: Segments
 ) -> Iterator[tuple[Int[Tensor, "row key"], Int[Tensor, "row key"], Float[Tensor, "row key"]]]:
     """The sentences of query and key of every kept entry of one head, and its value; `len(segments)`: of no sentence."""
     owner = torch.cat([segments.owners(pattern.device), torch.tensor([len(segments)], device=pattern.device)])
-    for rows, keys, values in _rows(pattern):
+    one: Any = pattern[head]
+    for rows, keys, values in _rows(one):
         key = owner[keys].expand(values.shape)
         yield owner[rows][:, None].expand(key.shape), key, values.double()
 

@@ -78,7 +78,7 @@ class Suppression:
     def plot(self) -> go.Figure:
         """A heatmap: suppressed sentences across, affected ones down."""
         what = "log(KL + 1e-9)" if self.settings.log else "KL in nats"
-        title = f"Effect of suppressing a sentence on later ones ({what}), exact for {self.exact_for}"
+        title = f"Effect of suppressing a sentence on later ones ({what}),<br>exact for {self.exact_for}"
         return sentence_heatmap(self.effects, (self.targets.labels, self.sentences.labels), title, ("affected", "suppressed"))
 
     def __repr__(self) -> str:
