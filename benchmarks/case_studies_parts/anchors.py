@@ -99,7 +99,7 @@ def suppressions(model: Any, task: ReasoningTask) -> list[dict[str, Any]]:
     rows, truth = [], None
     n_tokens = len(model.tokenizer(task.text)["input_ids"])
     segments = Segments.of(task.sentences, n_tokens)
-    later = torch.tensor([[a.start >= b.stop for b in segments.spans] for a in segments.spans])
+    later = segments.starts()[:, None] >= segments.starts() + segments.lengths()
     for name, config in {"dense": None, **CONFIGS}.items():
         start = time.perf_counter()
         found = suppression(

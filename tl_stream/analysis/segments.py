@@ -70,6 +70,10 @@ class Segments:
             owner[span.slice] = i
         return owner
 
+    def starts(self, device: torch.device | str | None = None) -> Int[Tensor, " sentence"]:
+        """First token of each sentence."""
+        return torch.tensor([span.start for span in self.spans], device=device)
+
     def lengths(self, device: torch.device | str | None = None) -> Int[Tensor, " sentence"]:
         """Tokens of each sentence."""
         return torch.tensor([len(span) for span in self.spans], device=device)

@@ -137,7 +137,7 @@ def suppression(
             divergence = _divergence(model, tokens, segments, batch, base, settings)
             effects[:, batch] = measured.means(divergence).T.cpu()
             bar.update(len(batch))
-    later = torch.tensor([[target.start >= source.stop for source in segments.spans] for target in measured.spans])
+    later = measured.starts()[:, None] >= segments.starts() + segments.lengths()
     what = "the dense model" if config is None else "the sparse model of these kept blocks"
     return Suppression(effects.masked_fill(~later, torch.nan), segments, measured, settings, cache.pruned, what)
 
