@@ -13,12 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from case_anchors import anchors
 from case_flips import flips
 from case_patching import patching
 from case_routes import routes
 from rich.console import Console
 
-STUDIES: dict[str, Callable[[bool], dict[str, Any]]] = {"routes": routes, "flips": flips, "patching": patching}
+STUDIES: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "routes": routes,
+    "anchors": anchors,
+    "flips": flips,
+    "patching": patching,
+}
 
 
 def main() -> int:

@@ -1,14 +1,15 @@
 """Shapes and types of every annotated function are checked while the tests run.
 
-Not in `config`, `tracing` and `fidelity.report`: those check their arguments themselves, and their messages are tested.
+Not in `config`, `tracing`, `fidelity.report` and parts of `analysis`: those check their arguments themselves, and their
+messages are tested.
 """
 
 from jaxtyping import install_import_hook
 
 CHECKED = [
-    "analysis.attention_flow", "analysis.kept", "attention", "audit", "cache", "estimator", "fidelity.output",
-    "fidelity.result", "fidelity.runs", "fidelity.streamed", "hosts", "layout", "masking", "models", "score_mod", "tasks",
-    "tensors", "viz",
+    "analysis.attention_flow", "analysis.figures", "analysis.kept", "analysis.receivers", "analysis.segments",
+    "analysis.sentence_patterns", "attention", "audit", "cache", "estimator", "fidelity.output", "fidelity.result",
+    "fidelity.runs", "fidelity.streamed", "hosts", "layout", "masking", "models", "score_mod", "tasks", "tensors", "viz",
 ]  # fmt: skip
 with install_import_hook([f"tl_stream.{name}" for name in CHECKED], "beartype.beartype"):
     import tl_stream  # noqa: F401
