@@ -94,8 +94,8 @@ class JoinedTensor(SparseTensor):
         return f"JoinedTensor(shape={tuple(self.shape)},{parts}\n)"
 
 
-def parts_of(tensor: BlockSparseTensor | JoinedTensor) -> tuple[BlockSparseTensor, ...]:
-    """The parts of a tensor; itself where it has none."""
+def parts_of(tensor: Any) -> tuple[Any, ...]:
+    """The parts of a tensor, sparse or plain; itself where it has none."""
     return tensor.parts if isinstance(tensor, JoinedTensor) else (tensor,)
 
 
