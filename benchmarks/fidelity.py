@@ -8,7 +8,8 @@ reported it is checked against a dense softmax. Masses are relative to those of 
 estimator kept in that row; rows are query blocks of each head, evenly spaced over the text (in constructed heads: over the
 blocks that want something).
 
-- mass_mean, mass_p5, mass_worst_head: over rows; the 5th percentile of rows; the mean of the worst head
+- mass_mean, mass_p5, mass_worst_head: over rows; the 5th percentile of rows; the mean of the worst head. For each layer,
+  and for all rows of all layers of a text together.
 - mass_late, mass_early: not relative: attention kept in the last and in the first quarter of the text
 - block_recall: share of the exact best blocks that are kept
 - needle_kept: share of the queries that want one key in particular whose key is kept
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import sources
@@ -46,6 +48,7 @@ from tl_stream.masking import AttentionMask
 
 BLOCK, K = 32, 8
 ROWS = 256
+MEANS = ("mass_mean", "mass_early", "mass_late", "block_recall", "kept_share", "cost_share_of_dense_qk")
 ESTIMATORS = ("dual", "stream", "hip", "box", "window", "random", "exact")
 BUDGETS: dict[str, Callable[[int], int | Budget]] = {
     "constant": lambda n_blocks: K,
@@ -117,7 +120,8 @@ def check_truth() -> None:
     torch.testing.assert_close(Truth(source, 10**6).masses, by_block, atol=1e-6, rtol=1e-4)
 
 
-def judge(source: Source, truth: Truth, estimator: str, budget: str) -> Row:
+def judge(source: Source, truth: Truth, estimator: str, budget: str) -> tuple[Row, Tensor]:
+    """The line, and the relative mass of each row, `[batch, head_index, row]`."""
     k = BUDGETS[budget](source.k.shape[2] // BLOCK)
     config = StreamConfig(block_q=BLOCK, block_k=BLOCK, k=k, estimator=estimator, seed=0)
     start = time.perf_counter()
@@ -132,7 +136,7 @@ def judge(source: Source, truth: Truth, estimator: str, budget: str) -> Row:
     relative = held / best
     tokens, quarter = source.q.shape[2], len(truth.rows) // 4
     readable = kept.shape[0] * kept.shape[1] * (truth.rows + 1).sum()
-    return Row(
+    row = Row(
         source=source.name,
         estimator=estimator,
         budget=budget,
@@ -149,6 +153,21 @@ def judge(source: Source, truth: Truth, estimator: str, budget: str) -> Row:
         kept_share=(kept.sum() / readable).item(),
         cost_share_of_dense_qk=counter.get_total_flops() / dense_flops(source),
         seconds=seconds,
+    )
+    return row, relative
+
+
+def pooled(text: str, layers: list[tuple[Row, Tensor]]) -> Row:
+    """A whole text: all rows of all layers."""
+    rows = [row for row, _ in layers]
+    means: dict[str, Any] = {name: fmean(getattr(row, name) for row in rows) for name in MEANS}
+    return replace(
+        rows[0],
+        source=f"{text}, all layers",
+        **means,
+        mass_p5=torch.cat([relative.flatten() for _, relative in layers]).quantile(0.05).item(),
+        mass_worst_head=min(row.mass_worst_head for row in rows),
+        seconds=sum(row.seconds for row in rows),
     )
 
 
@@ -176,13 +195,19 @@ def all_sources(quick: bool) -> Iterator[list[Source]]:
 
 def rows_of(quick: bool) -> Iterator[Row]:
     for group in all_sources(quick):
+        texts: dict[tuple[str, str, str], list[tuple[Row, Tensor]]] = {}
         for source in tqdm(group, desc=group[0].name, leave=False):
             truth = Truth(source, ROWS // 4 if quick else ROWS)
-            for estimator in ESTIMATORS:
-                if estimator != "exact" or source.q.shape[2] <= 8192:
-                    yield judge(source, truth, estimator, "constant")
-            for budget in () if isinstance(source, Constructed) else ("sqrt", "linear", "top_p"):
-                yield judge(source, truth, "dual", budget)
+            tried = [(estimator, "constant") for estimator in ESTIMATORS if estimator != "exact" or source.q.shape[2] <= 8192]
+            if not isinstance(source, Constructed):
+                tried += [("dual", budget) for budget in BUDGETS if budget != "constant"]
+            for choice in tried:
+                row, relative = judge(source, truth, *choice)
+                yield row
+                text, _, layer = source.name.partition(", layer ")
+                if layer:
+                    texts.setdefault((text, *choice), []).append((row, relative))
+        yield from (pooled(text, layers) for (text, *_), layers in texts.items())
 
 
 def table(rows: list[Row]) -> Table:
