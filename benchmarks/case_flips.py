@@ -36,13 +36,13 @@ def prompts(tokenizer: Any, number: int) -> dict[int, list[str]]:
 def flips(quick: bool) -> dict[str, Any]:
     """The study."""
     model: Any = tl_stream.models.load()
-    by_length = prompts(model.tokenizer, 2 if quick else 12)
+    by_length = prompts(model.tokenizer, 2 if quick else 6)
     jobs = [(setting, match) for setting in SETTINGS for match in by_length]
     found: dict[str, list[Flips]] = {}
     for (estimator, k, method), match in tqdm(jobs, desc="flips", file=sys.stderr):
         config = StreamConfig(block_q=8, block_k=8, k=k, estimator=estimator)
         result = find_flips(
-            model, by_length[match], config, match=match, method=method, trials=32 if quick else 96, progress=False
+            model, by_length[match], config, match=match, method=method, trials=32 if quick else 64, progress=False
         )
         found.setdefault(f"{estimator}, k = {k}, {method}", []).append(result)
     everything = [result for results in found.values() for result in results]
@@ -84,6 +84,6 @@ def audited(results: list[Flips]) -> dict[str, Any]:
     parts = {}
     for name, same in (("another answer", False), ("the dense answer", True)):
         doubted = [not run.trusted for run in runs if run.same == same]
-        low, high = wilson(sum(doubted), len(doubted))
+        low, high = wilson(sum(doubted) / len(doubted), len(doubted))
         parts[f"doubted of runs with {name}"] = f"{sum(doubted)}/{len(doubted)} [{low:.3f}, {high:.3f}]"
     return parts
