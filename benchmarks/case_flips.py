@@ -23,7 +23,7 @@ from tl_stream.tasks import niah, reasoning_trace
 TOKENS = 1024
 SENTENCES = 80
 FIRST_SEED = 20_000
-SETTINGS = [(estimator, k, method) for estimator, k in (("stream", 8), ("auto", 1)) for method in ("random", "gcg")]
+SETTINGS = [(estimator, k, method) for estimator, k in (("stream", 32), ("auto", 2)) for method in ("random", "gcg")]
 
 
 def prompts(tokenizer: Any, number: int) -> dict[int, list[str]]:
