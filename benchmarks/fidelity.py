@@ -107,8 +107,8 @@ def problem_of(source: Source) -> Problem:
 def masses_of(problem: Problem, q_block: int) -> Float[Tensor, "batch head_index 1 kv_block"]:
     part = problem.slice(q_block, q_block + 1)
     query_pos = torch.arange(q_block * BLOCK, (q_block + 1) * BLOCK)[None]
-    blocks, readable = part.readable_blocks()
-    return block_masses(part, query_pos, blocks, readable)
+    _, readable = part.readable_blocks()
+    return block_masses(part, query_pos, None, readable)
 
 
 def check_truth() -> None:

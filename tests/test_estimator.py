@@ -153,14 +153,43 @@ def test_the_paths_to_the_own_and_the_first_block_are_always_followed() -> None:
     assert layout.to_block_dense()[0, 0, 1:, 0].float().mean() > 0.99
 
 
-def test_causality_of_the_choice_between_blocks() -> None:
-    """What comes after a query block changes nothing in its choice."""
-    q, k = queries_and_keys(200)
+@pytest.mark.parametrize(("length", "cut"), [(200, 104), (1203, 800)])
+def test_causality_of_the_choice_between_blocks(length: int, cut: int) -> None:
+    """What comes after a query block changes nothing in its choice, nor does that anything comes."""
+    q, k = queries_and_keys(length)
     before = estimate_layout(q, k, CONFIG).to_block_dense()
-    q[:, :, 104:], k[:, :, 104:] = q[:, :, 104:].flip(2) * 3, k[:, :, 104:].flip(2) * 3
+    alone = estimate_layout(q[:, :, :cut], k[:, :, :cut], CONFIG).to_block_dense()
+    q[:, :, cut:], k[:, :, cut:] = q[:, :, cut:].flip(2) * 3, k[:, :, cut:].flip(2) * 3
     after = estimate_layout(q, k, CONFIG).to_block_dense()
-    assert torch.equal(before[:, :, :13], after[:, :, :13])
+    assert torch.equal(before[:, :, : cut // 8], after[:, :, : cut // 8])
+    assert torch.equal(before[:, :, : cut // 8, : cut // 8], alone)
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("past", [0, 100])
+def test_what_all_queries_read_at_far_places_is_found(past: int) -> None:
+    """Each late query wants the keys 333 and 700 before it, which are random, and key 45.
+
+    Judged once some of these queries have been sampled.
+    """
+    length, d = 1600, 64
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, length + past, d, generator=generator)
+    special = torch.randn(d, generator=generator)
+    k[:, :, 45] = special
+    position = torch.arange(past, length + past)
+    wanted = torch.stack([position - 333, position - 700, torch.full_like(position, 45)])[:, 900:]
+    q = torch.randn(1, 1, length, d, generator=generator)
+    q[:, :, 900:] = 0.5 * k[:, :, wanted].sum(2)
+    narrow = StreamConfig(block_q=8, block_k=8, k=6, beam=1, estimator="dual")
+
+    def found(estimator: str) -> Tensor:
+        kept = estimate_layout(q, k, replace(narrow, estimator=estimator)).to_dense()[0, 0]
+        return kept[torch.arange(900, length), wanted].float()[:, 100:].mean()
+
+    assert found("dual") > 0.95
+    assert found("exact") == 1
+    assert found("stream") < 0.5
 
 
 def test_fewer_leaf_queries() -> None:

@@ -28,12 +28,14 @@ class StreamConfig:
             block is full attention.
         estimator: How the blocks are chosen. `"auto"`: `"exact"` up to `exact_below` keys, `"dual"` beyond.
             `"exact"`: the true best ones, O(T^2) time in O(T) memory. `"dual"`: tree refinement by two scores, then exact
-            scores of the leaves, O(T log T). `"stream"`: the paper's refinement, nodes scored by the mean of their keys;
-            `"hip"`: by their centre key (arXiv:2406.09827); `"box"`: by the greatest score possible within their bounds
-            (Quest, arXiv:2406.10774). `"window"`: the first block and the most recent ones (arXiv:2309.17453). `"random"`.
-            Or a function `f(problem, query_pos) -> blocks, masses` (see `tl_stream.estimator.Problem`).
+            scores of the leaves and of what a few queries of the head read, O(T log T). `"stream"`: the paper's refinement,
+            nodes scored by the mean of their keys; `"hip"`: by their centre key (arXiv:2406.09827); `"box"`: by the greatest
+            score possible within their bounds (Quest, arXiv:2406.10774). `"window"`: the first block and the most recent ones
+            (arXiv:2309.17453). `"random"`. Or a function `f(problem, query_pos) -> blocks, masses` (see
+            `tl_stream.estimator.Problem`).
         exact_below: Number of keys up to which `"auto"` is exact.
-        beam: Tree nodes that `"dual"` keeps a step, and key blocks that it scores exactly, in multiples of `k`.
+        beam: Tree nodes that `"dual"` keeps a step, in multiples of `k`; so many key blocks, and `k` more that the head's
+            queries have in common, are scored exactly.
         leaf_queries: How many queries of a block decide, by their exact scores, which of the remaining candidate blocks are
             kept (evenly spaced, the last one among them); None: all. Fewer are faster, and may miss what a single query reads.
         keep_local: Keep every query block's own key block, whatever its score.
@@ -66,7 +68,7 @@ class StreamConfig:
     k: int | Budget = 16
     estimator: str | Callable[..., Any] = "auto"
     exact_below: int = 4096
-    beam: int = 7
+    beam: int = 6
     leaf_queries: int | None = None
     keep_local: bool = False
     keep_sink: bool = False

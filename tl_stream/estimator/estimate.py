@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_stream.config import StreamConfig
 from tl_stream.estimator.candidates import Estimator
+from tl_stream.estimator.common import Common
 from tl_stream.estimator.exact import exact_masses
 from tl_stream.estimator.hierarchical import build_levels, dual_masses, tree_masses
 from tl_stream.estimator.keep import Limits, keep_most
@@ -91,7 +92,7 @@ def _estimator(problem: Problem, config: StreamConfig, most: int) -> tuple[Estim
     match config.estimator_for(problem.mask.key_length):
         case "dual":
             levels, width = build_levels(problem), config.beam * most
-            options = width, config.leaf_queries, config.compile
+            options = width, Common.of(problem, most), config.leaf_queries, config.compile
             return (lambda part, rows: dual_masses(part, levels, rows, *options)), min(2 * width, n_blocks)
         case "stream" | "hip" | "box" as name:
             levels, score = build_levels(problem), _TREES[name]

@@ -11,14 +11,14 @@ After Stream (Rosser et al. 2025, section 3) and HiP (arXiv:2406.09827):
                                                                                               O(T / b_q * W d log T)
 
 `tree_masses` is that, with W = k and one score a node: what was published. `dual_masses` keeps far more of the attention at the
-same budget, by three changes:
+same budget, by these changes:
 
 - W = beam * k nodes are kept.
 - Half of them by the mean query's score on the nodes' means, half by the greatest scores possible within their bounds of the
   queries, taken two by two: each pair shares itself out among the nodes (softmax), and a node's score is the mean of its
   shares, so that what few queries want strongly counts.
-- The W leaves that remain are scored exactly (`block_masses`), for all queries of the block or for some evenly spaced ones;
-  the k with the most mass are kept.                                                              O(T * W b_k d)
+- The W leaves that remain, and k blocks that the head's queries have in common (`Common`), are scored exactly (`block_masses`),
+  for all queries of the block or for some evenly spaced ones; the k with the most mass are kept.   O(T * W b_k d)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_stream.estimator.candidates import Candidates
+from tl_stream.estimator.common import Common
 from tl_stream.estimator.compiled import compiled
 from tl_stream.estimator.nodes import Criterion, Groups, Nodes, by_box, by_mean
 from tl_stream.estimator.problem import Problem, block_masses
@@ -53,6 +54,7 @@ def dual_masses(
     levels: list[Level],
     query_pos: Int[Tensor, "q_block block_q"],
     width: int,
+    common: Common,
     leaf_queries: int | None,
     compile: bool,
 ) -> Candidates:
@@ -63,12 +65,14 @@ def dual_masses(
         levels: The key pyramid.
         query_pos: Position of each query.
         width: Nodes kept a step (W above).
+        common: Key blocks that are candidates for all of the head's queries.
         leaf_queries: Queries of a block that score the leaves; None: all.
         compile: Run the refinement and the leaves' scores through `torch.compile`.
     """
     block, pairs = (Groups.of(problem, query_pos, size) for size in (problem.block_q, NEIGHBOURS))
     run = compiled(_refine) if compile else _refine
     leaves = run(problem, levels, (Criterion(by_mean, block), Criterion(by_box, pairs)), width, width)
+    leaves = _with_common(problem, query_pos, leaves, common)
     masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), leaves.ids, leaves.used, compile=compile)
     return leaves.ids, masses.masked_fill(~leaves.used, -1.0)
 
@@ -138,6 +142,16 @@ def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...]
         chosen.append(best)
         taken = taken.scatter(-1, best, True)
     return nodes.take(torch.cat(chosen, -1), torch.cat(fresh, -1))
+
+
+def _with_common(problem: Problem, query_pos: Tensor, leaves: Nodes, common: Common) -> Nodes:
+    """The leaves and what the head's queries have in common; a block that is there twice counts once."""
+    blocks, possible = common.blocks(problem, query_pos)
+    ids, used = torch.cat([leaves.ids, blocks], -1), torch.cat([leaves.used, possible], -1)
+    again = (blocks[..., None] == ids[..., None, :]) & used[..., None, :]
+    earlier = torch.ones_like(again[0, 0, 0]).tril(leaves.ids.shape[-1] - 1)
+    possible = possible & ~(again & earlier).any(-1)
+    return leaves._replace(ids=ids, used=torch.cat([leaves.used, possible], -1), every=False)
 
 
 def _some_queries(problem: Problem, query_pos: Tensor, number: int | None) -> tuple[Problem, Tensor]:

@@ -115,6 +115,15 @@ class Problem(NamedTuple):
         flat = (self.batch_index * kv_heads + kv_head) * n_nodes + nodes
         return x.flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, nodes.shape)
 
+    def products(self, blocks: Tensor | None) -> Float[Tensor, "batch head_index q_block block_q candidate block_k"]:
+        """Each query's scaled q . k with the keys of candidate blocks, `[batch, head_index, q_block, candidate]`; None: all."""
+        if blocks is not None:
+            keys = self.select(self.keys, blocks).flatten(3, 4)
+            return (self.queries @ keys.transpose(-1, -2)).unflatten(-1, (-1, self.block_k))
+        grouped = self.queries.unflatten(1, (self.keys.shape[1], -1))
+        products = grouped.flatten(2, 4) @ self.keys.flatten(2, 3).transpose(-1, -2)
+        return products.unflatten(2, grouped.shape[2:5]).flatten(1, 2).unflatten(-1, (-1, self.block_k))
+
     def score(self, products: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         """Score mods, on products `[batch, head_index, ...]` of any further shape."""
         if not self.mods:
@@ -128,7 +137,7 @@ class Problem(NamedTuple):
 def block_masses(
     problem: Problem,
     query_pos: Int[Tensor, "q_block block_q"],
-    blocks: Tensor,
+    blocks: Tensor | None,
     used: Bool[Tensor, ...],
     *,
     compile: bool = False,
@@ -142,24 +151,29 @@ def block_masses(
     Args:
         problem: Queries `[batch, head_index, q_block, block_q, d_head]` and keys.
         query_pos: Position of each query.
-        blocks: Candidate key blocks, `[batch, head_index, q_block, candidate]`.
-        used: Which candidates count, broadcastable to `blocks`; the others get 0.
+        blocks: Candidate key blocks, `[batch, head_index, q_block, candidate]`; None: all of them, in order.
+        used: Which candidates count, broadcastable to `[batch, head_index, q_block, candidate]`; the others get 0.
         compile: Run it through `torch.compile`.
     """
     run = compiled(_block_masses) if compile else _block_masses
-    rows = problem.runs(blocks.shape[-1] * problem.block_k * max(problem.block_q, problem.keys.shape[-1]))
-    parts = [run(problem.slice(i, j), query_pos[i:j], blocks[:, :, i:j], used[..., i:j, :]) for i, j in rows]
+    copied = 1 if blocks is None else problem.keys.shape[-1]  # selected keys are copies
+    rows = problem.runs(used.shape[-1] * problem.block_k * max(problem.block_q, copied))
+    parts = [
+        run(problem.slice(i, j), query_pos[i:j], blocks if blocks is None else blocks[:, :, i:j], used[..., i:j, :])
+        for i, j in rows
+    ]
     return torch.cat(parts, 2)
 
 
-def _block_masses(problem: Problem, query_pos: Tensor, blocks: Tensor, used: Tensor) -> Tensor:
-    keys = problem.select(problem.keys, blocks)
-    products = (problem.queries @ keys.flatten(3, 4).transpose(-1, -2)).unflatten(-1, (-1, problem.block_k))
+def _block_masses(problem: Problem, query_pos: Tensor, blocks: Tensor | None, used: Tensor) -> Tensor:
+    products = problem.products(blocks)
+    if blocks is None:
+        blocks = torch.arange(used.shape[-1], device=used.device)[None, None, None]
     offsets = torch.arange(problem.block_k, device=blocks.device)
     key_pos = blocks[..., None] * problem.block_k + offsets
     rows = query_pos[:, :, None, None]
     logits = problem.score(products, rows, key_pos[:, :, :, None])
-    placed = problem.mask.place(problem.batch_index[..., None], key_pos).masked_fill_(~used[..., None], NEVER)
+    placed = torch.where(used[..., None], problem.mask.place(problem.batch_index[..., None], key_pos), NEVER)
     allowed = within(placed[:, :, :, None], *problem.mask.bounds(rows))
     weights = logits.masked_fill_(~allowed, -torch.inf).flatten(-2).softmax(-1)
     # A query that may read nothing has NaN for shares, and doesn't count.

@@ -1,0 +1,88 @@
+"""What a head's queries have in common: key blocks that they read wherever they stand, at one place or at one distance.
+
+After the vertical and slash lines of MInference (arXiv:2407.02490, section 3): a few queries read everything; the places and
+the distances that hold most of their attention are candidates for the queries after them. So a positional head, whose single
+queries each look as if they read something else, is seen as what it is.
+
+Sampled are `PER_OCTAVE` queries between each position and its double, and a query block is given what the latest `PER_OCTAVE`
+of them read in all: nothing that comes after it counts. O(T d): each octave costs half of what the next one does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tl_stream.estimator.problem import Problem, block_masses
+
+PER_OCTAVE = 64
+
+
+class Common(NamedTuple):
+    """Key blocks that the queries of a head read most, so far.
+
+    Attributes:
+        places: Numbers of key blocks, or distances from a query block's own key block, in key blocks; the best first.
+        moving: Which of them are distances.
+        rows: The query blocks from which on each sample counts.
+    """
+
+    places: Int[Tensor, "batch head_index sample block"]
+    moving: Bool[Tensor, "batch head_index sample block"]
+    rows: Int[Tensor, " sample"]
+
+    @classmethod
+    def of(cls, problem: Problem, number: int) -> Common:
+        """The `number` places and distances with the most attention, the first and the own block aside: a tree keeps these."""
+        rows, n_blocks = _sampled_rows(problem), problem.keys.shape[2]
+        octaves = [_one_query_each(problem, rows, i) for i in range(0, len(rows), PER_OCTAVE)]
+        so_far = torch.cat([_by_place_and_distance(*octave, n_blocks) for octave in octaves], 2).cumsum(2)
+        before = pad(so_far, (0, 0, PER_OCTAVE, 0))[:, :, : len(rows)]
+        best = (so_far - before).topk(min(number, n_blocks)).indices
+        return cls(best % n_blocks, best >= n_blocks, torch.tensor(rows, device=best.device))
+
+    def blocks(self, problem: Problem, query_pos: Int[Tensor, "q_block block_q"]) -> tuple[Tensor, Tensor]:
+        """The key blocks for each query block, and which of them it can have: `[batch, head_index, q_block, block]`, twice."""
+        latest = torch.searchsorted(self.rows, query_pos[:, 0] // problem.block_q, right=True) - 1
+        places, moving = self.places[:, :, latest], self.moving[:, :, latest]
+        blocks = torch.where(moving, problem.diagonal - places, places)
+        return blocks.clamp(min=0), (blocks >= 0) & (blocks <= problem.diagonal)
+
+
+def _sampled_rows(problem: Problem) -> list[int]:
+    """Query blocks, so many between each and its double; in a longer text the same ones and more."""
+    n_blocks = problem.shape[2]
+    rows = {int(2 ** (step / PER_OCTAVE)) - 1 for step in range(PER_OCTAVE * n_blocks.bit_length())}
+    return sorted(row for row in rows if row < n_blocks)
+
+
+def _one_query_each(problem: Problem, rows: list[int], first: int) -> tuple[Problem, Int[Tensor, "sample 1"]]:
+    """One query of each of an octave's query blocks, at changing places within them, as blocks of their own; its position."""
+    chosen = torch.tensor(rows[first : first + PER_OCTAVE], device=problem.queries.device)
+    place = torch.arange(first, first + len(chosen), device=chosen.device) % problem.block_q
+    query_pos = (chosen * problem.block_q + place).clamp(max=problem.mask.query_length - 1)
+    earlier = problem.mask.key_length - problem.mask.query_length
+    until = earlier + (rows[first + len(chosen) - 1] + 1) * problem.block_q  # no key after them is looked at
+    part = problem._replace(
+        queries=problem.queries.flatten(2, 3)[:, :, query_pos, None],
+        keys=problem.keys[:, :, : -(-until // problem.block_k)],
+        first_key=problem.first_key[chosen],
+        last_key=problem.last_key[chosen].clamp(max=until),
+    )
+    return part, query_pos[:, None]
+
+
+def _by_place_and_distance(
+    problem: Problem, query_pos: Tensor, n_blocks: int
+) -> Float[Tensor, "batch head_index sample two_n_blocks"]:
+    """Each query's attention to each key block, then to each distance; 0 for the first and the own block."""
+    blocks, readable = problem.readable_blocks()
+    kept_anyway = (blocks == problem.sink) | (blocks == problem.diagonal)
+    at_place = block_masses(problem, query_pos, None, readable).masked_fill(kept_anyway, 0.0)
+    distance = problem.diagonal - blocks  # of each block; and, read the other way, the block at each distance
+    at_distance = at_place.gather(-1, distance.clamp(min=0)).masked_fill(distance < 0, 0.0)
+    return torch.cat([pad(x, (0, n_blocks - x.shape[-1])) for x in (at_place, at_distance)], -1)
