@@ -13,7 +13,8 @@ from torch import Tensor
 from tl_stream import score_mod
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData
+from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.pattern_data import PatternData
 
 CHUNK_ENTRIES = 2**20
 

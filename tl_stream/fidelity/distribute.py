@@ -18,7 +18,7 @@ from tl_stream.budget import PerHead
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import Problem, block_shares
 from tl_stream.tensors import BlockSparseScores
-from tl_stream.tensors.data import ScoresData
+from tl_stream.tensors.scores_data import ScoresData
 from tl_stream.tracing import run_with_sparse_cache
 
 
