@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_stream.analysis.flip_result import Flip, FlipRun
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
+from tl_stream.fidelity.runs import dense_config
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
 
@@ -34,7 +35,7 @@ class Case:
         self.position = int(starts_with_bos) if position is None else position
         if not 0 <= self.position <= length:
             raise ValueError(f"position was {position}; expected one from 0 to the prompt's {length} tokens.")
-        self.dense = replace(config, k=2**31, layout_from=None, decode="exact", estimator="dual")
+        self.dense = dense_config(config)
         with sparse(model, self.dense):
             output = model.generate(prompt, max_new_tokens=match, do_sample=False, stop_at_eos=False, verbose=False)
         self.answer = output[0, length:].clone()  # generate() gives an inference tensor
