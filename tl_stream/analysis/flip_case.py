@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_stream.analysis.flip_result import Flip, FlipRun
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
-from tl_stream.fidelity.runs import dense_config
+from tl_stream.fidelity.runs import dense_config, greedy_tokens
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
 
@@ -37,8 +37,8 @@ class Case:
             raise ValueError(f"position was {position}; expected one from 0 to the prompt's {length} tokens.")
         self.dense = dense_config(config)
         with sparse(model, self.dense):
-            output = model.generate(prompt, max_new_tokens=match, do_sample=False, stop_at_eos=False, verbose=False)
-        self.answer = output[0, length:].clone()  # generate() gives an inference tensor
+            tokens = greedy_tokens(model, prompt, match)
+        self.answer = tokens[0].clone()  # generate() gives an inference tensor
 
     def text(self, inserted: Int[Tensor, "candidate token"] | None) -> Int[Tensor, "candidate pos"]:
         """The prompt with tokens inserted (None: without), and the answer but for its last token."""

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_stream.config import StreamConfig
+from tl_stream.fidelity.runs import greedy_tokens
 from tl_stream.layout import BlockLayout
 from tl_stream.tasks import Task
 from tl_stream.tracing import sparse
@@ -54,8 +55,8 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     notes = _Notes(positions)
     steps = answer_tokens(model.tokenizer, task)
     with sparse(model, config), model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), notes.take)]):
-        output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
-    text = model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        tokens = greedy_tokens(model, prompt, steps)
+    text = model.tokenizer.decode(tokens[0], skip_special_tokens=True)
     attention, kept = (torch.stack([torch.stack(rows) for rows in x.values()]) for x in (notes.attention, notes.kept))
     return NeedleRun(text, attention, kept, notes.pruned)
 

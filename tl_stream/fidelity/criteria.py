@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.budget_result import Evaluation, Tokens
+from tl_stream.fidelity.runs import greedy_tokens
 from tl_stream.tensors import BlockSparsePattern
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tracing import sparse
@@ -67,8 +68,8 @@ class SameTokens:
     def _generate(self, config: StreamConfig) -> tuple[Tokens, float]:
         pairs = _Pairs()
         with sparse(self.model, config), pairs.counted(self.model):
-            output = self.model.generate(self.prompt, max_new_tokens=self.n, do_sample=False, stop_at_eos=False, verbose=False)
-        return tuple(tuple(row) for row in output[:, self.prompt.shape[1] :].tolist()), pairs.pruned
+            tokens = greedy_tokens(self.model, self.prompt, self.n)
+        return tuple(tuple(row) for row in tokens.tolist()), pairs.pruned
 
 
 class SmallMetric:
