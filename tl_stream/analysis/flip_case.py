@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_stream.analysis.flip_result import Flip, FlipRun
-from tl_stream.cache import SparseActivationCache
+from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.runs import dense_config, greedy_tokens
 from tl_stream.tracing import run_with_sparse_cache, sparse
@@ -68,7 +68,7 @@ class Case:
             self.text(None if inserted is None else inserted[None]),
             config=self.dense if k is None else replace(self.config, k=k),
             logits_to_keep=n,
-            names_filter=lambda name: name.endswith("hook_pattern"),
+            names_filter=is_pattern,
         )
         assert isinstance(cache, SparseActivationCache)
         (rows,) = cache.audit(rows=n, sample=0).answers

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_stream.cache import is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.pairs import PromptPairs
 from tl_stream.fidelity.runs import greedy_tokens
@@ -55,8 +56,7 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
     notes, pairs = _Notes(positions), PromptPairs()
     steps = answer_tokens(model.tokenizer, task)
-    hooks = [(lambda name: name.endswith("hook_pattern"), notes.take)]
-    with sparse(model, config), pairs.counted(model), model.hooks(fwd_hooks=hooks):
+    with sparse(model, config), pairs.counted(model), model.hooks(fwd_hooks=[(is_pattern, notes.take)]):
         tokens = greedy_tokens(model, prompt, steps)
     text = model.tokenizer.decode(tokens[0], skip_special_tokens=True)
     attention, kept = (torch.stack([torch.stack(rows) for rows in x.values()]) for x in (notes.attention, notes.kept))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from tl_stream.analysis.figures import sentence_heatmap
 from tl_stream.analysis.segments import Segments
 from tl_stream.analysis.settings import PAPER, AnchorSettings
-from tl_stream.cache import SparseActivationCache
+from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.runs import dense_config, wide
 from tl_stream.hosts.hooks import to_all_tokens
@@ -150,7 +150,7 @@ def _read(
         model,
         tokens,
         config=dense_config(StreamConfig()) if config is None else config,
-        names_filter=lambda name: name.endswith("hook_pattern"),
+        names_filter=is_pattern,
     )
     assert isinstance(cache, SparseActivationCache)
     return (wide(logits[0]) / settings.temperature).log_softmax(-1), cache

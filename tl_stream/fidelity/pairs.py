@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_stream.cache import is_pattern
 from tl_stream.tensors import BlockSparsePattern
 from tl_stream.tensors.joined import JoinedTensor
 
@@ -33,7 +34,7 @@ class PromptPairs:
                 self.kept += pattern.block_layout.n_kept_pairs
                 self.allowed += pattern.block_layout.n_pairs
 
-        return model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), note)])
+        return model.hooks(fwd_hooks=[(is_pattern, note)])
 
     @property
     def pruned(self) -> float:
