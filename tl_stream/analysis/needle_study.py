@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from tl_stream.analysis.checks import check_count
 from tl_stream.analysis.needle_result import NeedleCell, NeedleGrid
 from tl_stream.analysis.needle_run import answer_tokens, run_task
 from tl_stream.analysis.needle_store import CellStore
@@ -72,8 +73,7 @@ def needle_grid(
     lengths, depths = _axis("lengths", lengths, int), _axis("depths", depths, float)
     if any(not 0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths were {list(depths)}; expected numbers from 0 (before all else) to 1 (after).")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples was {samples!r}; expected an int >= 1: how many texts a cell has.")
+    check_count("samples", samples)
     _check_task(task)
     for length in lengths:
         _make(model, task, length, depths[0], seed)

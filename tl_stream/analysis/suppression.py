@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_stream.analysis.checks import check_count
 from tl_stream.analysis.figures import sentence_heatmap
 from tl_stream.analysis.segments import Segments
 from tl_stream.analysis.settings import PAPER, AnchorSettings
@@ -193,8 +194,7 @@ def _check(
         raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None: the dense model.")
     if config is not None and config.forward == "exact":
         raise ValueError("config had forward='exact', which leaves the model dense; for the dense model pass config=None.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size was {batch_size!r}; expected an int >= 1.")
+    check_count("batch_size", batch_size)
     if batch_size * tokens.shape[1] * model.cfg.d_vocab > MAX_LOGITS:
         raise ValueError(
             f"batch_size was {batch_size}, which makes {batch_size} x {tokens.shape[1]} x {model.cfg.d_vocab} logits; expected "
