@@ -19,6 +19,7 @@ from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.lazy_data import LazyData
+from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.pattern_data import PatternData
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.scores_data import ScoresData
@@ -60,7 +61,7 @@ class Packer:
         """Any activation: an ordinary tensor or a sparse one."""
         if isinstance(tensor, ArrangedTensor):
             return {"kind": "ArrangedTensor", "base": self.pack(tensor.base), "groups": tensor.arrangement.groups}
-        if isinstance(tensor, JoinedTensor | StackedTensor):
+        if isinstance(tensor, TensorOfParts):
             return {"kind": type(tensor).__name__, "parts": [self.pack(part) for part in tensor.parts]}
         if not isinstance(tensor, BlockSparseTensor):
             return {"kind": "Tensor", "tensor": self.add(tensor)}
