@@ -26,7 +26,7 @@ from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.densify import make_dense
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised
 from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.stacked import cat, stack
+from tl_stream.tensors.stacked import stack
 
 Handler = Callable[..., Any]
 
@@ -89,11 +89,6 @@ def _by_coordinates(name: str, is_view: bool) -> Handler:
     return handler
 
 
-def _cat(tensors: Any, dim: int = 0) -> Any:
-    with_sink = sink.cat(tensors, dim)
-    return cat(tensors, dim) if with_sink is NotImplemented else with_sink
-
-
 def _same_data(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return tensor
 
@@ -154,5 +149,5 @@ _HANDLERS: dict[str, Handler] = {
     **gradients.HANDLERS,
     **backward_hooks.HANDLERS,
     "stack": stack,
-    "cat": _cat,
+    "cat": sink.cat,
 }

@@ -30,7 +30,7 @@ from tl_stream.tensors.joined_entries import JoinedEntries
 from tl_stream.tensors.joined_indexing import nonzero, read, rows_of, write
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
 from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.stacked import cat, stack
+from tl_stream.tensors.stacked import stack
 
 _BY_ROW = {"softmax", "dropout"}
 _OVER_PARTS: dict[str, Callable[[Any, Any], Any]] = {
@@ -155,11 +155,6 @@ def _same(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return tensor
 
 
-def _cat(tensors: Any, dim: int = 0) -> Any:
-    with_sink = sink.cat(tensors, dim)
-    return cat(tensors, dim) if with_sink is NotImplemented else with_sink
-
-
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": read,
     "setitem": write,
@@ -179,7 +174,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "fill_diagonal_": positions.HANDLERS["fill_diagonal_"],
     "count_nonzero": reductions.HANDLERS["count_nonzero"],
     "stack": stack,
-    "cat": _cat,
+    "cat": sink.cat,
     **composite.HANDLERS,
     **einsum.HANDLERS,
     **slicing.HANDLERS,
