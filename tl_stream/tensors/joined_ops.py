@@ -18,6 +18,7 @@ from tl_stream.tensors import (
     einsum,
     elementwise,
     gradients,
+    of_parts,
     positions,
     reductions,
     sink,
@@ -147,23 +148,12 @@ def _topk(tensor: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
     return join([part.topk(k, -1, *args, **kwargs) for part, _ in tensor.shown])
 
 
-def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return JoinedTensor(tuple(part.clone() for part in tensor.parts))
-
-
-def _same(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return tensor
-
-
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": read,
     "setitem": write,
     "diagonal": _by_coordinates("diagonal", True),
     "gather": _by_coordinates("gather", False),
     "take_along_dim": _by_coordinates("take_along_dim", False),
-    "clone": _clone,
-    "deepcopy": _clone,
-    "contiguous": _same,
     "where": _where,
     "masked_fill": attention_ops.HANDLERS["masked_fill"],
     "nonzero": nonzero,
@@ -175,6 +165,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "count_nonzero": reductions.HANDLERS["count_nonzero"],
     "stack": stack,
     "cat": sink.cat,
+    **of_parts.HANDLERS,
     **composite.HANDLERS,
     **einsum.HANDLERS,
     **slicing.HANDLERS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -37,3 +38,14 @@ class TensorOfParts(SparseTensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         parts = "".join(f"\n  {part!r}," for part in self.parts)
         return f"{type(self).__name__}(shape={tuple(self.shape)},{parts}\n)"
+
+
+def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(tensor)(tuple(part.clone() for part in tensor.parts))
+
+
+def _same(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    return tensor
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {"clone": _clone, "deepcopy": _clone, "contiguous": _same}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_stream.layout import MAX_DENSE_ENTRIES
-from tl_stream.tensors import composite, einsum, elementwise, slicing
+from tl_stream.tensors import composite, einsum, elementwise, of_parts, slicing
 from tl_stream.tensors.arranged import REARRANGING, rearrange
 from tl_stream.tensors.densify import flatten, make_dense
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
@@ -236,24 +236,14 @@ def _diagonal(tensor: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any
     return SliceView.of(_Pieces([part.diagonal(offset, first - 1, second - 1) for part in tensor.parts], tensor))
 
 
-def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return StackedTensor(tuple(part.clone() for part in tensor.parts))
-
-
-def _contiguous(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return tensor
-
-
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": _getitem,
     "setitem": _setitem,
     "diagonal": _diagonal,
     "topk": _topk,
-    "clone": _clone,
-    "deepcopy": _clone,
-    "contiguous": _contiguous,
     "stack": stack,
     "cat": cat,
+    **of_parts.HANDLERS,
     **composite.HANDLERS,
     **einsum.HANDLERS,
     **slicing.HANDLERS,
