@@ -26,7 +26,7 @@ from tl_stream.analysis.needle_result import NeedleCell, NeedleGrid
 from tl_stream.analysis.needle_run import answer_tokens, run_task
 from tl_stream.analysis.needle_store import CellStore
 from tl_stream.budget import Budget, Constant, as_budget
-from tl_stream.config import StreamConfig
+from tl_stream.config import StreamConfig, as_config
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.tasks import Task, niah_single_1
 
@@ -158,9 +158,7 @@ def _check_task(task: Any) -> None:
 
 
 def _checked(config: Any) -> StreamConfig:
-    config = StreamConfig() if config is None else config
-    if not isinstance(config, StreamConfig):
-        raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
+    config = as_config(config)
     if config.forward == "exact":
         raise ValueError("config has forward='exact', in which nothing is pruned; expected forward='sparse'.")
     return config
