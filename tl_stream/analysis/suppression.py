@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_stream.analysis.checks import check_count
+from tl_stream.analysis.checks import check_count, check_one_text
 from tl_stream.analysis.figures import sentence_heatmap
 from tl_stream.analysis.segments import Segments
 from tl_stream.analysis.settings import PAPER, AnchorSettings
@@ -187,9 +187,7 @@ def _is_scores(name: str) -> bool:
 def _check(
     model: Any, tokens: Any, sentences: Sequence[Any], config: Any, sources: Iterable[int] | None, batch_size: Any
 ) -> tuple[Segments, list[int]]:
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.is_floating_point():
-        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"text was {found}; expected one text: a str, or its tokens [1, pos].")
+    check_one_text(tokens)
     if config is not None and not isinstance(config, StreamConfig):
         raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None: the dense model.")
     if config is not None and config.forward == "exact":
