@@ -30,7 +30,7 @@ from tl_stream.tensors.joined import JoinedTensor, join
 from tl_stream.tensors.joined_entries import JoinedEntries
 from tl_stream.tensors.joined_indexing import nonzero, read, rows_of, write
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
-from tl_stream.tensors.slice_view import SliceView
+from tl_stream.tensors.slice_view import picking
 from tl_stream.tensors.stacked import stack
 
 _BY_ROW = {"softmax", "dropout"}
@@ -115,16 +115,6 @@ def _where(condition: Any, *choices: Any) -> Any:
     return NotImplemented if choices else nonzero(condition, as_tuple=True)
 
 
-def _by_coordinates(name: str, is_view: bool) -> Callable[..., Any]:
-    """Functions that only pick entries; `is_view`: what torch's gives is a view."""
-
-    def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        entries = JoinedEntries(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
-        return SliceView.of(entries) if is_view else entries.read()
-
-    return handler
-
-
 def _triangle(name: str) -> Callable[..., Any]:
     """tril or triu: the diagonal as each part's rows count it."""
 
@@ -151,9 +141,9 @@ def _topk(tensor: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": read,
     "setitem": write,
-    "diagonal": _by_coordinates("diagonal", True),
-    "gather": _by_coordinates("gather", False),
-    "take_along_dim": _by_coordinates("take_along_dim", False),
+    "diagonal": picking(JoinedEntries, "diagonal", True),
+    "gather": picking(JoinedEntries, "gather", False),
+    "take_along_dim": picking(JoinedEntries, "take_along_dim", False),
     "where": _where,
     "masked_fill": attention_ops.HANDLERS["masked_fill"],
     "nonzero": nonzero,
