@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.cache import is_pattern
 from tl_stream.tasks import niah, reasoning_trace, variable_tracking
 
 TOKENS = 1024
@@ -75,9 +76,7 @@ def measure(model: Any, dense: Any, seed: int) -> Iterator[dict[str, Any]]:
         text = dense.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)[:, : tokens.shape[1] + n - 1]
         expected = dense(text, logits_to_keep=n).logits.argmax(-1)
         for config in CONFIGS:
-            logits, cache = model.run_with_sparse_cache(
-                text, config=config, logits_to_keep=n, names_filter=lambda name: name.endswith("hook_pattern")
-            )
+            logits, cache = model.run_with_sparse_cache(text, config=config, logits_to_keep=n, names_filter=is_pattern)
             audited = cache.audit(rows=n, sample=0).answers[0]
             flipped = (logits.argmax(-1) != expected)[0].tolist()
             yield {

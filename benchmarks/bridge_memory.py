@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.cache import is_pattern
 
 CONFIG = StreamConfig(block_q=64, block_k=64, k=16, estimator="dual", beam=2, leaf_queries=4, max_dense=0)
 
@@ -44,11 +45,6 @@ def build(n_ctx: int) -> Any:
         tokenizer.save_pretrained(folder)
         model = LlamaForCausalLM(config).eval()
         return TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=tokenizer, device="cpu").eval()
-
-
-def is_pattern(name: str) -> bool:
-    """Whether a hook point is some layer's pattern."""
-    return name.endswith("hook_pattern")
 
 
 def check(model: Any, vocabulary: int) -> float:

@@ -29,6 +29,7 @@ from tl_stream.analysis import (
     suppression,
     vertical_scores,
 )
+from tl_stream.cache import is_pattern
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.tasks import ReasoningTask
 
@@ -153,7 +154,3 @@ def long_text(model: Any) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-
-
-def is_pattern(name: str) -> bool:
-    return name.endswith("hook_pattern")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import tl_stream
 from tl_stream import StreamConfig
 from tl_stream.analysis import Flips, find_flips
+from tl_stream.analysis.flip_result import RUNS
 from tl_stream.models.evaluate import wilson
 from tl_stream.tasks import niah, reasoning_trace
 
@@ -58,10 +59,7 @@ def flips(quick: bool) -> dict[str, Any]:
 def table(results: list[Flips]) -> dict[str, Any]:
     """The critics' table: how many prompts keep the dense answer in each run."""
     cases = [flip for result in results for flip in result.prompts]
-    runs = {
-        name: [flip.runs[name].same for flip in cases if name in flip.runs]
-        for name in ("vanilla", "sparse", "k1", "k_adv", "k2")
-    }
+    runs = {name: [flip.runs[name].same for flip in cases if name in flip.runs] for name in RUNS}
     return {
         "prompts": len(cases),
         "same answer": {name: f"{sum(same)}/{len(same)}" for name, same in runs.items()},

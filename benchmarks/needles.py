@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.cache import is_pattern
 from tl_stream.demo.job import CONFIG
 from tl_stream.models.evaluate import generate, wilson
 from tl_stream.tasks import niah_multikey_1, niah_single_1
@@ -63,9 +64,7 @@ def main() -> int:
         answers["dense"] = generate(dense_model, model.tokenizer, [task.prompt], len(task.value))[0]
         right = {method: task.score(text) == 1.0 for method, text in answers.items()}
         rows.append({"task": name, "depth": depth, "seed": seed, "expected": task.answer, "answers": answers, "right": right})
-    _, cache = model.run_with_sparse_cache(
-        prompt, config=CONFIG, names_filter=lambda n: n.endswith("pattern"), return_type=None
-    )
+    _, cache = model.run_with_sparse_cache(prompt, config=CONFIG, names_filter=is_pattern, return_type=None)
     show(rows, cache.pruned)
     if options.json:
         options.json.write_text(

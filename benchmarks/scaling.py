@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.cache import is_pattern
 
 CONFIG = StreamConfig(block_q=64, block_k=64, k=16, estimator="dual", beam=2, leaf_queries=4)
 METHODS = ("floor", "sparse", "dense")
@@ -57,10 +58,6 @@ def build_model(n_ctx: int, dtype: torch.dtype = torch.float32) -> Any:
         dtype=dtype,
     )  # fmt: skip
     return HookedTransformer(config).eval()
-
-
-def is_pattern(name: str) -> bool:
-    return name.endswith("hook_pattern")
 
 
 def run_dense(model: Any, tokens: torch.Tensor) -> int:

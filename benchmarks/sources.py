@@ -18,10 +18,11 @@ from torch import Tensor
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.fidelity.runs import dense_config
 from tl_stream.tasks import niah, niah_single_1, reasoning_trace, variable_tracking
 
 ENGLISH_MODEL = Path(__file__).parent / "english" / "model"
-FULL_ATTENTION = StreamConfig(k=10**9, max_dense=0)
+FULL_ATTENTION = dense_config(StreamConfig(max_dense=0))
 SENTENCE_TOKENS = 20
 
 

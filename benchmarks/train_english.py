@@ -11,7 +11,6 @@ It starts with the beginnings of an induction head (see english/circuit.py).
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tl_stream.models.checkpoint import write_checksums
 from tl_stream.models.decoder import Decoder
-from tl_stream.models.train import loss_of
+from tl_stream.models.train import Stage, learning_rate, loss_of, model_config, save, take_step
 
 VOCABULARY = 4096
 MAX_POSITIONS = 131072
@@ -39,29 +37,21 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Some steps on one mixture of about `tokens` tokens each; the learning rate goes from `start` to `end`.
+class CarefulStage(Stage[Mixture]):
+    """A stage in which the learning rate of the first two layers' attention is `caution` times that of the rest.
 
-    It follows half a cosine, after `warmup` steps in which it rises from 0. For the attention of the first two
-    layers it is `caution` times that: text alone would undo the induction head before it can make use of it.
+    Text alone would undo the induction head before the model can make use of it.
     """
 
-    name: str
-    steps: int
-    tokens: int
-    start: float
-    end: float
-    mixture: Mixture
-    warmup: int = 0
     caution: float = 1.0
 
 
 SHORT = (192, 256, 320)
 LONG = (256, 256, 512, 512, 1024, 1024, 2048, 4096)
 STAGES = (
-    Stage("induction", 80, 4096, 1e-3, 1e-3, Mixture(0.2, 0.4, 0.4, (128,), 0.3), warmup=60),
-    Stage("short", 4000, 4096, 1.5e-3, 3e-4, Mixture(0.75, 0.15, 0.1, SHORT, 0.4), warmup=20, caution=0.3),
-    Stage("long", 300, 8192, 3e-4, 1e-5, Mixture(0.75, 0.15, 0.1, LONG, 0.6), warmup=5, caution=0.3),
+    CarefulStage("induction", 80, 4096, 1e-3, 1e-3, Mixture(0.2, 0.4, 0.4, (128,), 0.3), warmup=60),
+    CarefulStage("short", 4000, 4096, 1.5e-3, 3e-4, Mixture(0.75, 0.15, 0.1, SHORT, 0.4), warmup=20, caution=0.3),
+    CarefulStage("long", 300, 8192, 3e-4, 1e-5, Mixture(0.75, 0.15, 0.1, LONG, 0.6), warmup=5, caution=0.3),
 )
 
 
@@ -81,38 +71,13 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Four layers of four heads of 64 over two key-value heads: five million parameters."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def build_model(config: LlamaConfig) -> Decoder:
-    """An untrained decoder with tied embeddings and the beginnings of an induction head."""
-    model = Decoder(config)
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Decoder:
+    """An untrained decoder of five million parameters, with tied embeddings and the beginnings of an induction head."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64}
+    model = Decoder(model_config(tokenizer, **sizes, max_positions=MAX_POSITIONS, rotary_base=1e6))
     model.lm_head.weight = model.model.embed_tokens.weight
     start_induction(model)
     return model
-
-
-def learning_rate(stage: Stage, step: int) -> float:
-    """The rate at a step of a stage."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / stage.steps)
-    return (stage.end + (stage.start - stage.end) * cosine) * min(1.0, (step + 1) / max(1, stage.warmup))
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
@@ -138,16 +103,6 @@ def progress(model: Decoder, drawer: Drawer) -> str:
     return ", ".join(f"{kind} {loss.item():.3f}" for kind, loss in losses.items())
 
 
-def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes an ordinary Hugging Face checkpoint folder in bfloat16, with checksums."""
-    exported = LlamaForCausalLM(model.config)
-    exported.load_state_dict(model.state_dict())
-    torch.nn.Module.to(exported, torch.bfloat16)
-    exported.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    write_checksums(out)
-
-
 def train(out: Path, packages: Path, seed: int, first: str) -> None:
     """Runs all stages from `first` on; says how it goes, and saves, every 100 steps."""
     torch.manual_seed(seed)
@@ -155,7 +110,7 @@ def train(out: Path, packages: Path, seed: int, first: str) -> None:
     tokenizer = build_tokenizer(texts)
     stream = token_stream(tokenizer, texts)
     print(f"{len(texts)} texts, {sum(map(len, texts)):,} characters, {len(stream):,} tokens")
-    model = build_model(model_config(tokenizer))
+    model = build_model(tokenizer)
     stages = STAGES[[stage.name for stage in STAGES].index(first) :]
     if stages != STAGES:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict())
@@ -165,15 +120,11 @@ def train(out: Path, packages: Path, seed: int, first: str) -> None:
         for step in (bar := tqdm(range(stage.steps), desc=stage.name, mininterval=10)):
             for group, factor in zip(optimizer.param_groups, (1.0, stage.caution), strict=True):
                 group["lr"] = factor * learning_rate(stage, step)
-            loss = loss_of(model, drawer.batch(stage.mixture, stage.tokens))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            loss = take_step(model, optimizer, drawer.batch(stage.mixture, stage.tokens))
             if (step + 1) % 100 == 0 or step + 1 == stage.steps:
                 report = progress(model, Drawer(tokenizer, stream, MAX_POSITIONS, seed=1))
-                bar.write(f"{stage.name} {step + 1}: loss {loss.item():.3f}; {report}")
-                save(model, tokenizer, out)
+                bar.write(f"{stage.name} {step + 1}: loss {loss:.3f}; {report}")
+                save(model, tokenizer, out, torch.bfloat16)
 
 
 def main() -> None:

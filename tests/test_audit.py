@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from torch import Tensor
-from zoo import NEEDS_HOOKED, build, tokens
+from zoo import NEEDS_HOOKED, build, left_padded, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
@@ -111,8 +111,7 @@ def test_padding_is_left_out() -> None:
     """The rows of a text padded on the left are those of the text alone."""
     model = build("rotary", default_prepend_bos=False)
     text = tokens(40, batch=1)
-    padded = torch.cat([torch.zeros(1, 8, dtype=torch.long), text], 1)
-    mask = (torch.arange(48) >= 8).long()[None]
+    padded, mask = left_padded(text, 8)
     config = StreamConfig(block_q=8, block_k=8, k=2, estimator="exact", max_dense=0)
     _, alone = model.run_with_sparse_cache(text, config=config)
     _, cache = model.run_with_sparse_cache(padded, config=config, attention_mask=mask)

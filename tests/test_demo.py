@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tl_stream import __version__, demo
+from tl_stream.cache import is_pattern
 from tl_stream.cli import main
 from tl_stream.demo import answer, job
 from tl_stream.models import load
@@ -68,7 +69,7 @@ def test_heads_are_those_that_read_the_needle(result: demo.DemoResult, model) ->
 def test_noted_masses_are_those_of_the_dense_patterns(result: demo.DemoResult, model) -> None:
     task = job._task(model, TOKENS, 0.3, 0)
     text = model.to_tokens(task.prompt + " " + result.answer_dense[:3])
-    _, cache = model.run_with_cache(text, names_filter=answer.is_pattern)
+    _, cache = model.run_with_cache(text, names_filter=is_pattern)
     for head in result.heads:
         rows = cache["pattern", head.layer][0, head.head, TOKENS - 1 : TOKENS + 2, task.needle.slice].sum(-1)
         assert head.needle_mass_dense[:3] == pytest.approx(rows.tolist(), abs=1e-4)
@@ -86,7 +87,7 @@ def test_cutting_the_reading_heads_off_the_needle_loses_the_answer(result: demo.
         return pattern
 
     def answer_without(of_readers: bool) -> str:
-        hooks = [(answer.is_pattern, lambda pattern, hook: cut(pattern, hook, of_readers))]
+        hooks = [(is_pattern, lambda pattern, hook: cut(pattern, hook, of_readers))]
         with model.hooks(fwd_hooks=hooks):
             return answer.generate(model, prompt, task).text
 

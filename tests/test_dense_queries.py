@@ -12,6 +12,7 @@ import torch
 from allocations import LargestTensor
 from dense_reference import EditedAttention, masked
 from test_exactness import assert_same_run
+from test_gradients import assert_same_gradients
 from torch import Tensor
 from zoo import NEEDS_HOOKED, build, dense, gap, mask_hooks, tokens
 
@@ -113,22 +114,7 @@ def test_with_other_settings(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("variant", ["gqa", "soft-capped", "alibi", "local", "sinks"])
 def test_gradients(variant: str) -> None:
-    model, text = build(variant), tokens()
-    _, cache = model.run_with_sparse_cache(text, config=config(11), return_type="loss", incl_bwd=True)
-    weights = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    with model.hooks(fwd_hooks=mask_hooks(cache)):
-        _, expected = model.run_with_cache(text, return_type="loss", incl_bwd=True)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert gap(parameter.grad, weights[name]) < 1e-12, name
-    assert set(cache) == set(expected)
-    for name in expected:
-        grad = expected[name]
-        if name.endswith(("hook_pattern_grad", "hook_attn_scores_grad")):
-            grad = grad * cache.block_layout(int(name.split(".")[1])).to_dense()
-            assert grad.abs().max() > 1e-6
-        assert gap(grad, cache[name]) < 1e-10, name
+    assert_same_gradients(build(variant), tokens(), config(11))
 
 
 @pytest.mark.parametrize("kind", ["pattern", "attn_scores"])

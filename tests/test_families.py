@@ -53,7 +53,7 @@ def _noted(request: pytest.FixtureRequest, family: tuple[str, Any], record_prope
 
 
 @pytest.fixture
-def agree(record_property: Any) -> Any:
+def assert_agree(record_property: Any) -> Any:
     """Check that one tensor is another one, but for rounding."""
 
     def check(a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
@@ -70,29 +70,29 @@ def need(name: str, what: str) -> None:
 
 
 @torch.no_grad()
-def test_nothing_pruned_equals_the_model(family: tuple[str, Any], agree: Any) -> None:
+def test_nothing_pruned_equals_the_model(family: tuple[str, Any], assert_agree: Any) -> None:
     _, model = family
     text = tokens(LENGTH)
     logits, cache = model.run_with_sparse_cache(text, config=FULL)
-    agree(logits, model(text))
+    assert_agree(logits, model(text))
     assert cache.pruned == 0.0
     assert not cache.fallbacks
 
 
 @torch.no_grad()
-def test_pruned_equals_the_masked_model(family: tuple[str, Any], agree: Any) -> None:
+def test_pruned_equals_the_masked_model(family: tuple[str, Any], assert_agree: Any) -> None:
     _, model = family
     text = tokens(LENGTH)
     logits, cache = model.run_with_sparse_cache(text, config=PRUNED)
     expected = masked_logits(model, kept(cache), text)
-    agree(logits, expected)
+    assert_agree(logits, expected)
     assert off(model(text), expected) > 100 * TOLERANCE
     assert not cache.fallbacks
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padded(family: tuple[str, Any], agree: Any, side: str) -> None:
+def test_padded(family: tuple[str, Any], assert_agree: Any, side: str) -> None:
     name, model = family
     text = tokens(LENGTH)
     valid = torch.ones_like(text)
@@ -103,10 +103,10 @@ def test_padded(family: tuple[str, Any], agree: Any, side: str) -> None:
         pytest.skip(f"padding on the {side} is refused ({FAMILIES[name].refuses[side]})")
     real = valid.bool()
     logits, _ = model.run_with_sparse_cache(text, config=FULL, attention_mask=valid)
-    agree(logits[real], model(text, attention_mask=valid)[real])
+    assert_agree(logits[real], model(text, attention_mask=valid)[real])
     logits, cache = model.run_with_sparse_cache(text, config=PRUNED, attention_mask=valid)
     expected = masked_logits(model, kept(cache), text, attention_mask=valid)
-    agree(logits[real], expected[real])
+    assert_agree(logits[real], expected[real])
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_kv_cached_generation(family: tuple[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_continuation_of_a_kv_cache(family: tuple[str, Any], agree: Any) -> None:
+def test_continuation_of_a_kv_cache(family: tuple[str, Any], assert_agree: Any) -> None:
     name, model = family
     need(name, "KV cache")
     text = tokens(LENGTH)
@@ -134,10 +134,10 @@ def test_continuation_of_a_kv_cache(family: tuple[str, Any], agree: Any) -> None
     continued()  # dynamic rotary positions depend on the longest text so far
     with tl_stream.sparse(model, FULL):
         logits = continued()
-    agree(logits, continued())
+    assert_agree(logits, continued())
 
 
-def test_gradients(family: tuple[str, Any], agree: Any) -> None:
+def test_gradients(family: tuple[str, Any], assert_agree: Any) -> None:
     """In float64: in float32 the gradients of some random models round by 1e-4 themselves."""
     model = build(family[0], torch.float32 if "float64" in FAMILIES[family[0]].lacks else torch.float64)
     text = tokens(LENGTH)
@@ -156,17 +156,17 @@ def test_gradients(family: tuple[str, Any], agree: Any) -> None:
 
     dense = masked_logits(model, keep, text, note)
     expected, *wanted = torch.autograd.grad((dense * weights).sum(), [patterns[layer], *parameters], allow_unused=True)
-    agree(gradient.to_dense(), expected.masked_fill(~keep[layer], 0))
+    assert_agree(gradient.to_dense(), expected.masked_fill(~keep[layer], 0))
     scale = max(x.abs().max() for x in wanted if x is not None)
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours is None) == (theirs is None)
         if theirs is not None:
-            agree(ours, theirs, scale)
+            assert_agree(ours, theirs, scale)
 
 
 @pytest.mark.parametrize("where", ["attn_scores", "pattern"])
 @torch.no_grad()
-def test_knock_out(family: tuple[str, Any], agree: Any, where: str) -> None:
+def test_knock_out(family: tuple[str, Any], assert_agree: Any, where: str) -> None:
     _, model = family
     text, keep = tokens(LENGTH), {}
     value = -torch.inf if where == "attn_scores" else 0.0
@@ -193,7 +193,7 @@ def test_knock_out(family: tuple[str, Any], agree: Any, where: str) -> None:
 
     with EditedAttention(keep, LENGTH, edited_scores, edit if where == "pattern" else None):
         expected = model(text)
-    agree(logits, expected)
+    assert_agree(logits, expected)
     assert off(masked_logits(model, keep, text), expected) > 10 * TOLERANCE
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from zoo import NEEDS_HOOKED, build, tokens
+from zoo import NEEDS_HOOKED, build, left_padded, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
@@ -160,8 +160,7 @@ def test_padding_is_left_out() -> None:
     """A text padded on the left by whole blocks has the figures of the text alone."""
     model, text = build("rotary"), tokens(40, batch=1)
     config = StreamConfig(block_q=8, block_k=8, k=2, estimator="exact", max_dense=0)
-    padded = torch.cat([torch.zeros(1, 8, dtype=torch.long), text], 1)
-    mask = (torch.arange(48) >= 8).long()[None]
+    padded, mask = left_padded(text, 8)
     a = tl_stream.fidelity(model, text, config, new_tokens=0)
     b = tl_stream.fidelity(model, padded, config, new_tokens=0, attention_mask=mask)
     for x, y in zip(a.heads, b.heads, strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformer_lens import head_detector
-from zoo import NEEDS_HOOKED, build, tokens
+from zoo import NEEDS_HOOKED, build, left_padded, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
@@ -143,8 +143,7 @@ def test_the_bundled_models_retrieval_heads() -> None:
 def test_padding_is_left_out() -> None:
     model = build("rotary", default_prepend_bos=False)
     text = tokens(40, batch=1)
-    padded = torch.cat([torch.zeros(1, 8, dtype=torch.long), text], 1)
-    mask = (torch.arange(48) >= 8).long()[None]
+    padded, mask = left_padded(text, 8)
     config = replace(PRUNED, k=100)
     _, alone = model.run_with_sparse_cache(text, config=config)
     _, cache = model.run_with_sparse_cache(padded, config=config, attention_mask=mask)

@@ -251,12 +251,12 @@ def caches(request: Any) -> Any:
     return traced(request.param)
 
 
-def same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any) -> None:
     """Equal numbers, in the same kind of containers; sparse where a dense result would be of query_pos x key_pos."""
     if isinstance(expected, tuple | list):
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
-            same(a, b)
+            assert_same(a, b)
         return
     if isinstance(expected, np.ndarray):
         assert isinstance(found, np.ndarray)
@@ -273,14 +273,14 @@ def same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("layer", [1, 2], ids=["sparse layer", "dense layer"])
 def test_idiom_on_a_cached_pattern(caches: Any, name: str, layer: int) -> None:
     cache, expected = caches
-    same(PATTERN[name](cache["pattern", layer].clone()), PATTERN[name](expected["pattern", layer].clone()))
+    assert_same(PATTERN[name](cache["pattern", layer].clone()), PATTERN[name](expected["pattern", layer].clone()))
     assert not cache.fallbacks
 
 
 @pytest.mark.parametrize("name", STACK)
 def test_idiom_on_stacked_patterns(caches: Any, name: str) -> None:
     cache, expected = caches
-    same(STACK[name](cache.stack_activation("pattern")), STACK[name](expected.stack_activation("pattern")))
+    assert_same(STACK[name](cache.stack_activation("pattern")), STACK[name](expected.stack_activation("pattern")))
     assert not cache.fallbacks
 
 
@@ -314,7 +314,7 @@ def test_what_is_dense_by_nature_works_while_small_and_raises_its_size_else(name
     if isinstance(found, list):
         found, wanted = torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
     if isinstance(wanted, np.ndarray):
-        same(found, wanted)
+        assert_same(found, wanted)
     else:
         assert gap(*(x[0] if isinstance(x, tuple) else x for x in (found, wanted))) < 1e-9
     if name != "keys pooled":  # which takes a window first
@@ -448,8 +448,8 @@ CACHE: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", CACHE)
 def test_methods_of_activation_cache(name: str) -> None:
-    same(*(CACHE[name](copy.copy(each)) for each in traced()))
-    same(*(CACHE[name](copy.copy(each)) for each in traced(remove_batch_dim=True)))
+    assert_same(*(CACHE[name](copy.copy(each)) for each in traced()))
+    assert_same(*(CACHE[name](copy.copy(each)) for each in traced(remove_batch_dim=True)))
 
 
 @pytest.mark.parametrize("batch_slice", [0, slice(1, 2), [1, 0], None], ids=str)
@@ -461,11 +461,11 @@ def test_slicing_the_batch_of_a_cache(batch_slice: Any) -> None:
     assert set(cache) == set(expected)
     for name in cache:
         if name.endswith(("hook_attn_scores", "hook_pattern")):
-            same(cache[name], expected[name])
+            assert_same(cache[name], expected[name])
         else:
             torch.testing.assert_close(cache[name], expected[name])
     if batch_slice == slice(1, 2):
-        same(cache.remove_batch_dim()["pattern", 1], expected.remove_batch_dim()["pattern", 1])
+        assert_same(cache.remove_batch_dim()["pattern", 1], expected.remove_batch_dim()["pattern", 1])
         assert cache.patterns[1].shape == (4, T, T)
 
 
@@ -496,7 +496,7 @@ def test_head_detector(kind: Any, measure: Any) -> None:
         )
         assert gap(found, wanted) < 1e-6
         assert found.std() > 1e-4
-    same(cache["pattern", 1], expected["pattern", 1])  # as it was
+    assert_same(cache["pattern", 1], expected["pattern", 1])  # as it was
     assert set(cache.fallbacks) <= {"sub"}
 
 

@@ -72,6 +72,12 @@ def tokens(length: int = 61, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def left_padded(text: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """A text after `n` tokens of padding, and the attention mask of that."""
+    padded = torch.cat([text.new_zeros(len(text), n), text], 1)
+    return padded, (torch.arange(padded.shape[1]) >= n).long().expand(len(text), -1)
+
+
 def mask_hooks(cache: SparseActivationCache) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
     """Hooks that make a dense model the masked one that a sparse run should equal."""
     keep = {layer: cache.block_layout(layer).to_dense() for layer in cache.patterns}

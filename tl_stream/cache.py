@@ -30,6 +30,11 @@ KNOWN_POSITIONS = 256
 _FORMAT = "tl_stream.SparseActivationCache/1"
 
 
+def is_pattern(name: str) -> bool:
+    """Whether a hook point is some layer's pattern; as a `names_filter`, all that an audit takes."""
+    return name.endswith("hook_pattern")
+
+
 class SparseActivationCache(ActivationCache):
     """The activations of a sparse run, under the keys of `run_with_cache`.
 
@@ -79,7 +84,7 @@ class SparseActivationCache(ActivationCache):
         return {
             tensor.origin.layer: tensor
             for name, tensor in self.cache_dict.items()
-            if isinstance(tensor, BlockSparseTensor | JoinedTensor) and name.endswith("hook_pattern")
+            if isinstance(tensor, BlockSparseTensor | JoinedTensor) and is_pattern(name)
         }
 
     def block_layout(self, layer: int) -> BlockLayout | JoinedLayout:

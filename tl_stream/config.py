@@ -167,6 +167,19 @@ class StreamConfig:
             _check_int("dense_layers", self.dense_layers, minimum=0)
 
 
+def as_config(config: Any) -> StreamConfig:
+    """A config as it is, None as the defaults.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    if config is None:
+        return StreamConfig()
+    if not isinstance(config, StreamConfig):
+        raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
+    return config
+
+
 def _check_int(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} was {value!r} of type {type(value).__name__}; expected an int >= {minimum}.")

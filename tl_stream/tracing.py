@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_stream.cache import KNOWN_POSITIONS, SparseActivationCache
-from tl_stream.config import StreamConfig
+from tl_stream.config import StreamConfig, as_config
 from tl_stream.hosts import host_of, model_classes
 from tl_stream.hosts.overrides import entry_hook
 from tl_stream.tensors.products import Origin
@@ -50,7 +50,7 @@ def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: in
             that is empty or longer than n_ctx, NaN in q or k, and a `layout_from` of another size.
         KeyError: `layout_from` lacks a layer.
     """
-    config = _check_config(config)
+    config = as_config(config)
     _check_logits_to_keep(logits_to_keep)
     host = host_of(model)
     dense = config.dense_layer_indices(model.cfg.n_layers)
@@ -144,14 +144,6 @@ def register() -> None:
                 "overwrite it. Remove it before importing tl_stream."
             )
         setattr(owner, name, run_with_sparse_cache)
-
-
-def _check_config(config: Any) -> StreamConfig:
-    if config is None:
-        return StreamConfig()
-    if not isinstance(config, StreamConfig):
-        raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
-    return config
 
 
 def _check_logits_to_keep(n: Any) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tl_stream.models.curriculum import Batch, Sample
+from tl_stream.models.curriculum import Batch, Sample, jumping_positions
 
 LONGEST_RUN = 40
 
@@ -88,13 +87,4 @@ class Drawer:
         """Positions as if much text had been left out at some of the seams."""
         if contiguous or not seams:
             return list(range(length))
-        spare = self.rng.randrange(self.max_position - length)
-        cuts = sorted(self.rng.randrange(spare + 1) for _ in range(self.rng.randint(1, 8)))
-        jumps = [0] * length
-        for gap in (after - before for before, after in pairwise([0, *cuts])):
-            jumps[min(self.rng.choice(seams) + 1, length - 1)] += gap
-        positions, offset = [], 0
-        for i, jump in enumerate(jumps):
-            offset += jump
-            positions.append(i + offset)
-        return positions
+        return jumping_positions(self.rng, length, self.max_position, [min(seam + 1, length - 1) for seam in seams])

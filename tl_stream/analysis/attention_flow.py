@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_stream.analysis.kept import KeptEntries, KeptRows, patterns_of
+from tl_stream.fidelity.runs import wide
 
 EPSILON = 1e-5
 CHUNK_NUMBERS = 2**22
@@ -175,8 +176,7 @@ def activation(cache: Any, name: str, layer: int, text: int) -> Float[Tensor, po
             f"The cache lacks {name!r} of layer {layer}; expected it beside the pattern. Run with "
             "names_filter=tl_stream.analysis.flow_names, or without names_filter."
         ) from None
-    found = found[text] if cache.has_batch_dim else found
-    return found.detach().to(torch.promote_types(found.dtype, torch.float32))
+    return wide((found[text] if cache.has_batch_dim else found).detach())
 
 
 def _by_head(cache: Any, name: str, layer: int, text: int, length: int, d_v: int) -> Float[Tensor, "pos heads d_v"]:

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_stream.analysis.flip_result import Flip, FlipRun
-from tl_stream.cache import SparseActivationCache
+from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
+from tl_stream.fidelity.runs import dense_config, greedy_tokens
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
 
@@ -34,10 +35,10 @@ class Case:
         self.position = int(starts_with_bos) if position is None else position
         if not 0 <= self.position <= length:
             raise ValueError(f"position was {position}; expected one from 0 to the prompt's {length} tokens.")
-        self.dense = replace(config, k=2**31, layout_from=None, decode="exact", estimator="dual")
+        self.dense = dense_config(config)
         with sparse(model, self.dense):
-            output = model.generate(prompt, max_new_tokens=match, do_sample=False, stop_at_eos=False, verbose=False)
-        self.answer = output[0, length:].clone()  # generate() gives an inference tensor
+            tokens = greedy_tokens(model, prompt, match)
+        self.answer = tokens[0].clone()  # generate() gives an inference tensor
 
     def text(self, inserted: Int[Tensor, "candidate token"] | None) -> Int[Tensor, "candidate pos"]:
         """The prompt with tokens inserted (None: without), and the answer but for its last token."""
@@ -67,7 +68,7 @@ class Case:
             self.text(None if inserted is None else inserted[None]),
             config=self.dense if k is None else replace(self.config, k=k),
             logits_to_keep=n,
-            names_filter=lambda name: name.endswith("hook_pattern"),
+            names_filter=is_pattern,
         )
         assert isinstance(cache, SparseActivationCache)
         (rows,) = cache.audit(rows=n, sample=0).answers

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_stream.analysis.checks import check_count
 from tl_stream.analysis.flip_case import Case
 from tl_stream.analysis.flip_result import Flips
 from tl_stream.analysis.insertions import METHODS, RandomTokens
@@ -110,5 +111,4 @@ def _check(prompts: Any, config: StreamConfig, method: str, vocabulary: Sequence
     if vocabulary is not None and not len(vocabulary):
         raise ValueError("vocabulary was empty; expected token ids to insert, or None for all but special ones.")
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} was {value!r}; expected an int >= 1.")
+        check_count(name, value)

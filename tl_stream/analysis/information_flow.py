@@ -19,9 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_stream.analysis.attention_flow import AttentionFlow, activation, has_later_mlp, importance
+from tl_stream.analysis.checks import checked_layers, checked_model
 from tl_stream.analysis.flow_graph import FlowEdge, FlowGraph
 from tl_stream.analysis.kept import KeptEntries, patterns_of
-from tl_stream.analysis.routes import checked_layers, checked_model
 from tl_stream.analysis.spans import checked_position
 
 

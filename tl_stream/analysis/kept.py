@@ -11,9 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_stream import score_mod
+from tl_stream.fidelity.runs import wide
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData
+from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.pattern_data import PatternData
 
 CHUNK_ENTRIES = 2**20
 
@@ -122,12 +124,12 @@ class KeptEntries:
         assert isinstance(data, PatternData)
         products = data.products.detach()
         products.check_unchanged()
-        device, wide = query_pos.device, torch.promote_types(products.q.dtype, torch.float32)
+        device = query_pos.device
         head = torch.arange(self.n_heads, device=device)
         rows, keys = query_pos.clamp(max=self.length - 1), key_pos.clamp(max=self.length - 1)
         kv_head = head // (self.n_heads // products.k.shape[1])
-        q = products.q[self.text, :, rows].to(wide)
-        k = products.k[self.text, kv_head[:, None, None], keys].to(wide)
+        q = wide(products.q[self.text, :, rows])
+        k = wide(products.k[self.text, kv_head[:, None, None], keys])
         scores = q @ k.transpose(-1, -2) * products.scale
         text = torch.tensor(self.text, device=device)
         indices = (text, head[:, None, None, None], query_pos[:, :, None], key_pos[:, :, None])
@@ -136,8 +138,7 @@ class KeptEntries:
 
     def _stored(self, blocks: Tensor, n_keys: int) -> Tensor:
         """Values that were made or written."""
-        values = self.data.block_values()[self.text, :, blocks, :, :n_keys].detach()
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        return wide(self.data.block_values()[self.text, :, blocks, :, :n_keys].detach())
 
 
 def patterns_of(cache: Any) -> dict[int, BlockSparseTensor]:

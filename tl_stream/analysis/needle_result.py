@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from tl_stream.audit import records
 from tl_stream.budget import Budget
 from tl_stream.config import StreamConfig
 
@@ -68,7 +69,7 @@ class NeedleGrid:
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A row a cell."""
-        return pandas.DataFrame([asdict(cell) for cell in self.cells])
+        return records.dataframe(self.cells)
 
     def accuracy(self, budget: str | None = None) -> Float[numpy.ndarray, "depth length"]:
         """Mean scores of the sparse model with one budget; None: of the dense model.

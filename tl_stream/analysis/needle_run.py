@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_stream.cache import is_pattern
 from tl_stream.config import StreamConfig
+from tl_stream.fidelity.pairs import PromptPairs
+from tl_stream.fidelity.runs import greedy_tokens
 from tl_stream.layout import BlockLayout
 from tl_stream.tasks import Task
 from tl_stream.tracing import sparse
@@ -51,35 +54,26 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     """Generate as many tokens as the answer has. O(T) memory; with constant budgets O(T log T) time."""
     prompt = torch.tensor([model.tokenizer(task.prompt)["input_ids"]], device=next(model.parameters()).device)
     positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
-    notes = _Notes(positions)
+    notes, pairs = _Notes(positions), PromptPairs()
     steps = answer_tokens(model.tokenizer, task)
-    with sparse(model, config), model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), notes.take)]):
-        output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
-    text = model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+    with sparse(model, config), pairs.counted(model), model.hooks(fwd_hooks=[(is_pattern, notes.take)]):
+        tokens = greedy_tokens(model, prompt, steps)
+    text = model.tokenizer.decode(tokens[0], skip_special_tokens=True)
     attention, kept = (torch.stack([torch.stack(rows) for rows in x.values()]) for x in (notes.attention, notes.kept))
-    return NeedleRun(text, attention, kept, notes.pruned)
+    return NeedleRun(text, attention, kept, pairs.pruned)
 
 
 class _Notes:
-    """Collects, as hooks fire, the needles' part of every last row; of the first pass, the prompt's, the pruned pairs."""
+    """Collects, as hooks fire, the needles' part of every last row."""
 
     def __init__(self, positions: Int[Tensor, " needle_pos"]) -> None:
         self.positions = positions
         self.attention: dict[str, list[Tensor]] = {}
         self.kept: dict[str, list[Tensor]] = {}
-        self._kept_pairs = self._pairs = 0
 
     def take(self, pattern: Any, hook: Any) -> None:
-        layout = pattern.block_layout
-        if hook.name not in self.attention:
-            self._kept_pairs += layout.n_kept_pairs
-            self._pairs += layout.n_pairs
         self.attention.setdefault(hook.name, []).append(pattern[0, :, -1][:, self.positions].float())
-        self.kept.setdefault(hook.name, []).append(kept_in_last_row(layout, self.positions))
-
-    @property
-    def pruned(self) -> float:
-        return 1.0 - self._kept_pairs / self._pairs
+        self.kept.setdefault(hook.name, []).append(kept_in_last_row(pattern.block_layout, self.positions))
 
 
 def kept_in_last_row(layout: BlockLayout, positions: Int[Tensor, " key"]) -> Bool[Tensor, "head_index key"]:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from tl_stream.analysis.checks import check_count
 from tl_stream.analysis.needle_result import NeedleCell, NeedleGrid
 from tl_stream.analysis.needle_run import answer_tokens, run_task
 from tl_stream.analysis.needle_store import CellStore
 from tl_stream.budget import Budget, Constant, as_budget
-from tl_stream.config import StreamConfig
+from tl_stream.config import StreamConfig, as_config
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.tasks import Task, niah_single_1
 
@@ -72,8 +73,7 @@ def needle_grid(
     lengths, depths = _axis("lengths", lengths, int), _axis("depths", depths, float)
     if any(not 0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths were {list(depths)}; expected numbers from 0 (before all else) to 1 (after).")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples was {samples!r}; expected an int >= 1: how many texts a cell has.")
+    check_count("samples", samples)
     _check_task(task)
     for length in lengths:
         _make(model, task, length, depths[0], seed)
@@ -158,9 +158,7 @@ def _check_task(task: Any) -> None:
 
 
 def _checked(config: Any) -> StreamConfig:
-    config = StreamConfig() if config is None else config
-    if not isinstance(config, StreamConfig):
-        raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
+    config = as_config(config)
     if config.forward == "exact":
         raise ValueError("config has forward='exact', in which nothing is pruned; expected forward='sparse'.")
     return config

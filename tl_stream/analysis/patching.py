@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_stream.analysis.checks import check_count
 from tl_stream.analysis.patching_result import Effect, PatchEffects
 from tl_stream.analysis.refinement import Refinement
-from tl_stream.config import StreamConfig
+from tl_stream.config import StreamConfig, as_config
 from tl_stream.hosts.hooks import as_prompt
 from tl_stream.tracing import sparse
 
@@ -78,9 +79,9 @@ def patch_by_block(
     refinement = Refinement.of(n_tokens, spans, block, starts, split, keep)
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
     names = {layer: _hook_name(model, layer, point) for layer in layers}
-    if batch_size < 1 or logits_to_keep < 1:
-        raise ValueError(f"batch_size was {batch_size} and logits_to_keep {logits_to_keep}; expected ints >= 1.")
-    run = _Run(model, pair[1], metric, StreamConfig() if config is None else config, logits_to_keep)
+    check_count("batch_size", batch_size)
+    check_count("logits_to_keep", logits_to_keep)
+    run = _Run(model, pair[1], metric, as_config(config), logits_to_keep)
     kept: dict[str, Tensor] = {}
     with model.hooks(fwd_hooks=[(name, partial(_note, kept, name)) for name in names.values()]):
         (clean_metric,) = run.metrics(pair[0])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tl_stream.analysis.checks import check_count
+
 Stretch = tuple[int, int]  # from this part to before that one
 
 
@@ -34,7 +36,8 @@ class Refinement:
         Raises:
             ValueError: Spans that are empty, out of the text or out of order; a number that is too small.
         """
-        _check(block=(block, 1), starts=(starts, 1), split=(split, 2), keep=(keep, 1))
+        for name, value, least in (("block", block, 1), ("starts", starts, 1), ("split", split, 2), ("keep", keep, 1)):
+            check_count(name, value, least)
         if spans is None:
             spans = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
         _check_spans(spans, n_tokens)
@@ -93,9 +96,3 @@ def _check_spans(spans: Any, n_tokens: int) -> None:
                 "tokens."
             )
         before = stop
-
-
-def _check(**numbers: tuple[Any, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} was {value!r}; expected an int >= {least}.")

@@ -22,6 +22,7 @@ import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
 from tl_stream.analysis.segmentation import Sentence, Splitter, paper_split
+from tl_stream.audit import records
 
 Sampler = Callable[[str, int], Sequence[str]]
 Answers = Counter[str]
@@ -90,7 +91,7 @@ class ResamplingImportance:
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row a sentence."""
-        return pandas.DataFrame([vars(each) for each in self.sentences])
+        return records.dataframe(self.sentences)
 
     def plot(self) -> go.Figure:
         """Both importances along the text."""

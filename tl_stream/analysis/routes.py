@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_stream.analysis.attention_flow import AttentionFlow, RowShares
+from tl_stream.analysis.checks import checked_layers, checked_model
 from tl_stream.analysis.kept import KeptEntries, patterns_of
 from tl_stream.analysis.route_result import Edge, NeedleRoutes, Route
 from tl_stream.analysis.spans import Span, checked_position, checked_span
@@ -70,34 +71,6 @@ def needle_routes(
     for layer in reversed(layers):
         steps.append(steps[-1].back(AttentionFlow.of(cache, model, layer, text), least))
     return _collected(steps, source, target, top, cache.config.forward)
-
-
-def checked_model(cache: Any, model: Any) -> Any:
-    """The model of a run.
-
-    Raises:
-        TypeError: No model.
-    """
-    model = getattr(cache, "model", None) if model is None else model
-    if not hasattr(model, "blocks"):
-        raise TypeError(f"model was a {type(model).__name__}; expected the HookedTransformer or TransformerBridge of the run.")
-    return model
-
-
-def checked_layers(cache: Any, model: Any) -> range:
-    """All layers of the model, each of which must have its pattern in the cache.
-
-    Raises:
-        ValueError: Some have none.
-    """
-    layers, found = range(model.cfg.n_layers), patterns_of(cache)
-    missing = [layer for layer in layers if layer not in found]
-    if missing:
-        raise ValueError(
-            f"The cache holds no pattern of layers {missing}; expected all {len(layers)} layers, for paths go through each. "
-            "(Models with layers of another kind than softmax attention can't be analysed so.)"
-        )
-    return layers
 
 
 @dataclass(frozen=True, eq=False)

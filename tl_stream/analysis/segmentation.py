@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_stream.analysis.checks import check_one_text
 from tl_stream.analysis.tags import rule_tag
 from tl_stream.tasks.spans import Span, TokenIndex
 
@@ -111,9 +112,7 @@ def _stripped(text: str, start: int, stop: int) -> Range:
 
 
 def _decoded(tokens: Any, tokenizer: Any) -> str:
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[0] != 1:
-        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"text was {shape}; expected one text: a str, or its tokens [1, pos].")
+    check_one_text(tokens)
     return tokenizer.decode(tokens[0].tolist(), skip_special_tokens=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tl_stream.analysis.checks import check_count
+
 
 @dataclass(frozen=True)
 class AnchorSettings:
@@ -25,10 +27,8 @@ class AnchorSettings:
     log: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("proximity", 1), ("n_heads", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} was {value!r}; expected an int >= {least}.")
+        check_count("proximity", self.proximity)
+        check_count("n_heads", self.n_heads)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature was {self.temperature!r}; expected a number above 0.")
 

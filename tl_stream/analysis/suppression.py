@@ -22,10 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_stream.analysis.checks import check_count, check_one_text
 from tl_stream.analysis.figures import sentence_heatmap
 from tl_stream.analysis.segments import Segments
 from tl_stream.analysis.settings import PAPER, AnchorSettings
-from tl_stream.cache import SparseActivationCache
+from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.runs import dense_config, wide
 from tl_stream.hosts.hooks import to_all_tokens
@@ -150,7 +151,7 @@ def _read(
         model,
         tokens,
         config=dense_config(StreamConfig()) if config is None else config,
-        names_filter=lambda name: name.endswith("hook_pattern"),
+        names_filter=is_pattern,
     )
     assert isinstance(cache, SparseActivationCache)
     return (wide(logits[0]) / settings.temperature).log_softmax(-1), cache
@@ -186,15 +187,12 @@ def _is_scores(name: str) -> bool:
 def _check(
     model: Any, tokens: Any, sentences: Sequence[Any], config: Any, sources: Iterable[int] | None, batch_size: Any
 ) -> tuple[Segments, list[int]]:
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.is_floating_point():
-        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"text was {found}; expected one text: a str, or its tokens [1, pos].")
+    check_one_text(tokens)
     if config is not None and not isinstance(config, StreamConfig):
         raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None: the dense model.")
     if config is not None and config.forward == "exact":
         raise ValueError("config had forward='exact', which leaves the model dense; for the dense model pass config=None.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size was {batch_size!r}; expected an int >= 1.")
+    check_count("batch_size", batch_size)
     if batch_size * tokens.shape[1] * model.cfg.d_vocab > MAX_LOGITS:
         raise ValueError(
             f"batch_size was {batch_size}, which makes {batch_size} x {tokens.shape[1]} x {model.cfg.d_vocab} logits; expected "

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_stream.cache import is_pattern
 from tl_stream.demo.result import HeadReading
 from tl_stream.tasks import NeedleTask
 from tl_stream.tensors import BlockSparsePattern
@@ -30,11 +31,6 @@ class Answer:
     text: str
     needle: Float[Tensor, "step layer head_index"]
     retained: Float[Tensor, "step layer head_index"]
-
-
-def is_pattern(name: str) -> bool:
-    """Whether a hook point is some layer's pattern, as a `names_filter`."""
-    return name.endswith("hook_pattern")
 
 
 def generate(model: Any, prompt: Int[Tensor, "batch pos"], task: NeedleTask) -> Answer:

@@ -13,8 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_stream import models
+from tl_stream.cache import is_pattern
 from tl_stream.config import StreamConfig
-from tl_stream.demo.answer import generate, is_pattern, readings
+from tl_stream.demo.answer import generate, readings
 from tl_stream.demo.report import write_report
 from tl_stream.demo.result import DemoResult
 from tl_stream.tasks import NeedleTask, niah_single_1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxtyping import Float, Int
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.budget_result import Evaluation, Tokens
-from tl_stream.tensors import BlockSparsePattern
-from tl_stream.tensors.joined import JoinedTensor
+from tl_stream.fidelity.pairs import PromptPairs
+from tl_stream.fidelity.runs import greedy_tokens
 from tl_stream.tracing import sparse
 
 Logits = Float[Tensor, "batch pos d_vocab"]
@@ -65,10 +64,10 @@ class SameTokens:
         return Evaluation(k, pruned, tokens == self.dense_tokens, tokens=tokens)
 
     def _generate(self, config: StreamConfig) -> tuple[Tokens, float]:
-        pairs = _Pairs()
+        pairs = PromptPairs()
         with sparse(self.model, config), pairs.counted(self.model):
-            output = self.model.generate(self.prompt, max_new_tokens=self.n, do_sample=False, stop_at_eos=False, verbose=False)
-        return tuple(tuple(row) for row in output[:, self.prompt.shape[1] :].tolist()), pairs.pruned
+            tokens = greedy_tokens(self.model, self.prompt, self.n)
+        return tuple(tuple(row) for row in tokens.tolist()), pairs.pruned
 
 
 class SmallMetric:
@@ -96,29 +95,6 @@ class SmallMetric:
         return Evaluation(k, pruned, value <= self.threshold, value=value)
 
     def _logits(self, config: StreamConfig) -> tuple[Logits, float]:
-        pairs = _Pairs()
+        pairs = PromptPairs()
         with sparse(self.model, config, logits_to_keep=1), pairs.counted(self.model):
             return self.model(self.prompt), pairs.pruned
-
-
-@dataclass
-class _Pairs:
-    """Counts the prompt's kept and allowed token pairs, once a layer: later passes are steps of generation."""
-
-    kept: int = 0
-    allowed: int = 0
-
-    def counted(self, model: Any) -> Any:
-        seen: set[str] = set()
-
-        def note(pattern: Tensor, hook: Any) -> None:
-            if isinstance(pattern, BlockSparsePattern | JoinedTensor) and hook.name not in seen:
-                seen.add(hook.name)
-                self.kept += pattern.block_layout.n_kept_pairs
-                self.allowed += pattern.block_layout.n_pairs
-
-        return model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), note)])
-
-    @property
-    def pruned(self) -> float:
-        return 1.0 - self.kept / self.allowed if self.allowed else 0.0

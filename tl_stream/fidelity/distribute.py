@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_stream.budget import PerHead
-from tl_stream.config import StreamConfig
+from tl_stream.config import StreamConfig, as_config
 from tl_stream.estimator import Problem, block_shares
 from tl_stream.tensors import BlockSparseScores
-from tl_stream.tensors.data import ScoresData
+from tl_stream.tensors.scores_data import ScoresData
 from tl_stream.tracing import run_with_sparse_cache
 
 
@@ -46,7 +46,7 @@ def distribute(
     """
     if not 1 <= blocks <= at_most:
         raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected 1 <= blocks <= at_most.")
-    config = replace(config or StreamConfig(), k=at_most, forward="exact", layout_from=None, dense_queries=0)
+    config = replace(as_config(config), k=at_most, forward="exact", layout_from=None, dense_queries=0)
     kwargs["names_filter"] = lambda name: name.endswith("hook_attn_scores")
     _, cache = run_with_sparse_cache(model, tokens, config=config, **kwargs)
     found = [scores for scores in cache.values() if isinstance(scores, BlockSparseScores)]

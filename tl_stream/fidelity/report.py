@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_stream.audit.rows import SoftmaxRows
-from tl_stream.config import StreamConfig
+from tl_stream.config import StreamConfig, as_config
 from tl_stream.fidelity.output import compare_outputs
 from tl_stream.fidelity.result import Fidelity, HeadFidelity, LayerFidelity
 from tl_stream.fidelity.runs import Continuation, Run, dense_config, similarity
@@ -52,9 +52,9 @@ def fidelity(
         ValueError: An argument is out of range, or as `tl_stream.sparse`.
     """
     host_of(model)
-    config = StreamConfig() if config is None else config
+    config = as_config(config)
     text = model.to_tokens(tokens, truncate=False) if isinstance(tokens, str) else tokens
-    _check(model, text, config, rows, new_tokens, attention_mask)
+    _check(model, text, rows, new_tokens, attention_mask)
     text = text.to(model.cfg.device)
     kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
     n_logits = min(text.shape[1], max(1, MAX_LOGITS // (len(text) * model.cfg.d_vocab)))
@@ -139,9 +139,7 @@ def _along_steps(dense: Continuation, other: Continuation, index: int) -> tuple[
     return tuple(similarity(dense.resid[index], other.resid[index]).mean(0).tolist())
 
 
-def _check(model: Any, text: Any, config: Any, rows: Any, new_tokens: Any, attention_mask: Any) -> None:
-    if not isinstance(config, StreamConfig):
-        raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
+def _check(model: Any, text: Any, rows: Any, new_tokens: Any, attention_mask: Any) -> None:
     if not isinstance(text, Tensor) or text.dim() != 2 or not text.numel():
         shape = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
         raise TypeError(f"tokens was {shape}; expected tokens [batch, pos] with at least one of each, or one text (a str).")

@@ -32,6 +32,12 @@ def similarity(a: Float[Tensor, "*rows x"], b: Float[Tensor, "*rows x"]) -> Floa
     return cosine_similarity(wide(a), wide(b), dim=-1)
 
 
+def greedy_tokens(model: Any, prompt: Int[Tensor, "batch pos"], steps: int) -> Int[Tensor, "batch step"]:
+    """The `steps` new tokens that a model generates greedily, also after an EOS."""
+    output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
+    return output[:, prompt.shape[1] :]
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One forward pass.
@@ -79,8 +85,8 @@ class Continuation:
             notes.setdefault(hook.name, []).append(x[:, -1])
 
         with sparse(model, config), model.hooks(fwd_hooks=[(_is_resid, note)]):
-            output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
-        return cls(output[:, prompt.shape[1] :], torch.stack([torch.stack(x, 1) for x in notes.values()]))
+            tokens = greedy_tokens(model, prompt, steps)
+        return cls(tokens, torch.stack([torch.stack(x, 1) for x in notes.values()]))
 
     @classmethod
     def forced(cls, model: Any, prompt: Tensor, config: StreamConfig, tokens: Int[Tensor, "batch step"]) -> Continuation:

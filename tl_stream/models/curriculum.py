@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -66,6 +66,16 @@ class Mixture:
     rules: tuple[tuple[int, ...], ...] = EASY_RULES
 
 
+def jumping_positions(rng: random.Random, length: int, max_position: int, places: list[int]) -> list[int]:
+    """Ascending positions below `max_position`, in up to eight jumps, each before one of the `places` in the text."""
+    spare = rng.randrange(max_position - length)
+    cuts = sorted(rng.randrange(spare + 1) for _ in range(rng.randint(1, 8)))
+    jumps = [0] * length
+    for before, after in pairwise([0, *cuts]):
+        jumps[rng.choice(places)] += after - before
+    return [i + offset for i, offset in enumerate(accumulate(jumps))]
+
+
 class Curriculum:
     """Draws training samples and batches; everything follows from `seed`."""
 
@@ -108,16 +118,7 @@ class Curriculum:
         if contiguous:
             return list(range(len(ids)))
         stops = [i for i, token in enumerate(ids[:-1]) if token == self.stop_id] or [len(ids) // 2]
-        spare = self.rng.randrange(self.max_position - len(ids))
-        cuts = sorted(self.rng.randrange(spare + 1) for _ in range(self.rng.randint(1, 8)))
-        jumps = [0] * len(ids)
-        for gap in [after - before for before, after in pairwise([0, *cuts])]:
-            jumps[self.rng.choice(stops) + 1] += gap
-        positions, offset = [], 0
-        for i, jump in enumerate(jumps):
-            offset += jump
-            positions.append(i + offset)
-        return positions
+        return jumping_positions(self.rng, len(ids), self.max_position, [stop + 1 for stop in stops])
 
     def _seed(self) -> int:
         return self.rng.randrange(TRAINING_SEEDS.start, TRAINING_SEEDS.stop)

@@ -12,7 +12,7 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,11 @@ LONG = (256, 256, 256, 512, 512, 512, 1024, 1024, 2048, 2048, 4096)
 KINDS = ("induction", "recall", "needle", "tracking", "reasoning")
 
 
+M = TypeVar("M")
+
+
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[M]):
     """Some steps on one mixture of about `tokens` tokens each; the learning rate goes from `start` to `end`.
 
     It follows half a cosine, after `warmup` steps in which it rises from 0.
@@ -43,7 +46,7 @@ class Stage:
     tokens: int
     start: float
     end: float
-    mixture: Mixture
+    mixture: M
     warmup: int = 0
 
 
@@ -56,18 +59,25 @@ STAGES = (
 )
 
 
-def model_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """Four layers of four heads over two key-value heads: a million parameters."""
+def model_config(
+    tokenizer: PreTrainedTokenizerBase,
+    hidden_size: int = 128,
+    intermediate_size: int = 384,
+    head_dim: int = 32,
+    max_positions: int = MAX_POSITIONS,
+    rotary_base: float = ROTARY_BASE,
+) -> LlamaConfig:
+    """Four layers of four heads over two key-value heads; of these sizes, a million parameters."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE},
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -104,19 +114,30 @@ def progress(model: Decoder, tokenizer: PreTrainedTokenizerBase, mixture: Mixtur
     return ", ".join(figures)
 
 
-def save(model: Decoder, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def save(model: Decoder, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes an ordinary Hugging Face checkpoint folder, with checksums."""
     exported = LlamaForCausalLM(model.config)
     exported.load_state_dict(model.state_dict())
+    torch.nn.Module.to(exported, dtype)
     exported.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_checksums(out)
 
 
-def learning_rate(stage: Stage, step: int) -> float:
+def learning_rate(stage: Stage[Any], step: int) -> float:
     """The rate at a step of a stage."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / stage.steps)
     return (stage.end + (stage.start - stage.end) * cosine) * min(1.0, (step + 1) / max(1, stage.warmup))
+
+
+def take_step(model: Decoder, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One step of training, gradients clipped to norm 1; the loss before it."""
+    loss = loss_of(model, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def train(out: Path, seed: int) -> None:
@@ -130,14 +151,10 @@ def train(out: Path, seed: int) -> None:
         for step in (bar := tqdm(range(stage.steps), desc=stage.name, mininterval=10)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(stage, step)
-            loss = loss_of(model, curriculum.batch(stage.mixture, stage.tokens))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            loss = take_step(model, optimizer, curriculum.batch(stage.mixture, stage.tokens))
             if (step + 1) % 250 == 0 or step + 1 == stage.steps:
                 report = progress(model, tokenizer, stage.mixture)
-                bar.write(f"{stage.name} {step + 1}: loss {loss.item():.3f}, {report}")
+                bar.write(f"{stage.name} {step + 1}: loss {loss:.3f}, {report}")
                 save(model, tokenizer, out)
 
 

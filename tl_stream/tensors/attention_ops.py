@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tl_stream.tensors import backward_hooks, gradients
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData, ScoresData
+from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.mask_tensor import MaskTensor
+from tl_stream.tensors.pattern_data import PatternData
 from tl_stream.tensors.products import Origin
 from tl_stream.tensors.rest import Rest, block_softmax
+from tl_stream.tensors.scores_data import ScoresData
 from tl_stream.tensors.transposed import transposed_matmul
 
 

@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, relayout
+from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.joined import JoinedTensor, join, parts_of
+from tl_stream.tensors.relayout import relayout
 
 Sparse = BlockSparseTensor | JoinedTensor
 

@@ -14,7 +14,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tl_stream.layout import BlockLayout
-from tl_stream.tensors.data import BlockData, LazyData
+from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.lazy_data import LazyData
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.view import View
 from tl_stream.tensors.wrapper import SparseTensor

@@ -25,8 +25,8 @@ from tl_stream.tensors.arranged import REARRANGING, index, rearrange
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.densify import make_dense
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised
-from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.stacked import cat, stack
+from tl_stream.tensors.slice_view import picking
+from tl_stream.tensors.stacked import stack
 
 Handler = Callable[..., Any]
 
@@ -79,21 +79,6 @@ def _where(condition: Any, *choices: Any) -> Any:
     return NotImplemented if choices else positions.nonzero(condition, as_tuple=True)
 
 
-def _by_coordinates(name: str, is_view: bool) -> Handler:
-    """Functions that only pick entries; `is_view`: what torch's gives is a view."""
-
-    def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        picked = indexing.Picked(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
-        return SliceView.of(picked) if is_view else picked.read()
-
-    return handler
-
-
-def _cat(tensors: Any, dim: int = 0) -> Any:
-    with_sink = sink.cat(tensors, dim)
-    return cat(tensors, dim) if with_sink is NotImplemented else with_sink
-
-
 def _same_data(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return tensor
 
@@ -134,9 +119,9 @@ def _convert(name: str) -> Handler:
 _HANDLERS: dict[str, Handler] = {
     "getitem": _getitem,
     "setitem": _setitem,
-    "diagonal": _by_coordinates("diagonal", True),
-    "gather": _by_coordinates("gather", False),
-    "take_along_dim": _by_coordinates("take_along_dim", False),
+    "diagonal": picking(indexing.Picked, "diagonal", True),
+    "gather": picking(indexing.Picked, "gather", False),
+    "take_along_dim": picking(indexing.Picked, "take_along_dim", False),
     "detach": _detach,
     "data": _detach,
     "clone": _clone,
@@ -154,5 +139,5 @@ _HANDLERS: dict[str, Handler] = {
     **gradients.HANDLERS,
     **backward_hooks.HANDLERS,
     "stack": stack,
-    "cat": _cat,
+    "cat": sink.cat,
 }

@@ -10,8 +10,9 @@ from torch import Tensor
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors import indexing
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData
+from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.names import IN_PLACE_OPERATORS
+from tl_stream.tensors.pattern_data import PatternData
 
 _BASE = {
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "pow", "neg", "negative",

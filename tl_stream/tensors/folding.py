@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, relayout
+from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.relayout import relayout
 from tl_stream.tensors.view import View
 
 Parts = Callable[[], Iterator[Tensor]]

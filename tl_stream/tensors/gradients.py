@@ -19,8 +19,10 @@ from tl_stream.attention.chunks import whole
 from tl_stream.attention.gather import value_products, weigh_values
 from tl_stream.tensors.backward_hooks import Sparse, as_gradient, at_use
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, PatternData, ScoresData
+from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.joined import join, parts_of
+from tl_stream.tensors.pattern_data import PatternData
+from tl_stream.tensors.scores_data import ScoresData
 
 
 class Tap:

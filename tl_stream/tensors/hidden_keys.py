@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tl_stream.masking import NEVER
 from tl_stream.tensors.block_sparse import BlockSparseScores
-from tl_stream.tensors.data import BlockData, ScoresData
+from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.scores_data import ScoresData
 
 
 def hide_keys(scores: BlockSparseScores, hidden: Bool[Tensor, "batch key_pos"]) -> BlockSparseScores:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined_layout import JoinedLayout
-from tl_stream.tensors.products import Origin
+from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.wrapper import SparseTensor
 
 
-class JoinedTensor(SparseTensor):
+class JoinedTensor(TensorOfParts):
     """See the module. `parts` are the tensors, of equal shape but for their query rows; one may show none of its rows."""
 
     rank = 1
@@ -54,14 +54,6 @@ class JoinedTensor(SparseTensor):
         return JoinedLayout(tuple(part.block_layout for part in self.parts))
 
     @property
-    def origin(self) -> Origin:
-        return self.parts[0].origin
-
-    @property
-    def version(self) -> int:
-        return sum(part.version for part in self.parts)
-
-    @property
     def fill(self) -> float | bool:
         """Value of every entry outside the kept blocks."""
         return self.parts[0].fill
@@ -82,16 +74,6 @@ class JoinedTensor(SparseTensor):
         if any(result is NotImplemented for result in results):
             return NotImplemented
         return sum(results[1:], results[0]) if transposed else torch.cat(results, -2)
-
-    def stored_tensors(self) -> list[Tensor]:
-        return [tensor for part in self.parts for tensor in part.stored_tensors()]
-
-    def __copy__(self) -> JoinedTensor:
-        return JoinedTensor(tuple(part.__copy__() for part in self.parts))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        parts = "".join(f"\n  {part!r}," for part in self.parts)
-        return f"JoinedTensor(shape={tuple(self.shape)},{parts}\n)"
 
 
 def parts_of(tensor: Any) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from tl_stream.tensors import (
     einsum,
     elementwise,
     gradients,
+    of_parts,
     positions,
     reductions,
     sink,
@@ -29,8 +30,8 @@ from tl_stream.tensors.joined import JoinedTensor, join
 from tl_stream.tensors.joined_entries import JoinedEntries
 from tl_stream.tensors.joined_indexing import nonzero, read, rows_of, write
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
-from tl_stream.tensors.slice_view import SliceView
-from tl_stream.tensors.stacked import cat, stack
+from tl_stream.tensors.slice_view import picking
+from tl_stream.tensors.stacked import stack
 
 _BY_ROW = {"softmax", "dropout"}
 _OVER_PARTS: dict[str, Callable[[Any, Any], Any]] = {
@@ -114,16 +115,6 @@ def _where(condition: Any, *choices: Any) -> Any:
     return NotImplemented if choices else nonzero(condition, as_tuple=True)
 
 
-def _by_coordinates(name: str, is_view: bool) -> Callable[..., Any]:
-    """Functions that only pick entries; `is_view`: what torch's gives is a view."""
-
-    def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        entries = JoinedEntries(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
-        return SliceView.of(entries) if is_view else entries.read()
-
-    return handler
-
-
 def _triangle(name: str) -> Callable[..., Any]:
     """tril or triu: the diagonal as each part's rows count it."""
 
@@ -147,28 +138,12 @@ def _topk(tensor: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
     return join([part.topk(k, -1, *args, **kwargs) for part, _ in tensor.shown])
 
 
-def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return JoinedTensor(tuple(part.clone() for part in tensor.parts))
-
-
-def _same(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return tensor
-
-
-def _cat(tensors: Any, dim: int = 0) -> Any:
-    with_sink = sink.cat(tensors, dim)
-    return cat(tensors, dim) if with_sink is NotImplemented else with_sink
-
-
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": read,
     "setitem": write,
-    "diagonal": _by_coordinates("diagonal", True),
-    "gather": _by_coordinates("gather", False),
-    "take_along_dim": _by_coordinates("take_along_dim", False),
-    "clone": _clone,
-    "deepcopy": _clone,
-    "contiguous": _same,
+    "diagonal": picking(JoinedEntries, "diagonal", True),
+    "gather": picking(JoinedEntries, "gather", False),
+    "take_along_dim": picking(JoinedEntries, "take_along_dim", False),
     "where": _where,
     "masked_fill": attention_ops.HANDLERS["masked_fill"],
     "nonzero": nonzero,
@@ -179,7 +154,8 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "fill_diagonal_": positions.HANDLERS["fill_diagonal_"],
     "count_nonzero": reductions.HANDLERS["count_nonzero"],
     "stack": stack,
-    "cat": _cat,
+    "cat": sink.cat,
+    **of_parts.HANDLERS,
     **composite.HANDLERS,
     **einsum.HANDLERS,
     **slicing.HANDLERS,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import PatternData
 from tl_stream.tensors.joined import JoinedTensor
+from tl_stream.tensors.pattern_data import PatternData
 from tl_stream.tensors.products import Products
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
-from tl_stream.tensors.data import BlockData, Rows, move_blocks
+from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.relayout import Rows, move_blocks
 from tl_stream.tensors.view import View
 
 

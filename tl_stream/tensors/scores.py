@@ -17,7 +17,6 @@ from tl_stream.score_mod import Alibi, Bias, Scale, ScoreMod, Tanh
 from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import BlockSparseScores
-from tl_stream.tensors.data import ScoresData
 from tl_stream.tensors.joined import JoinedTensor, join
 from tl_stream.tensors.joined_layout import JoinedLayout, with_dense_queries
 from tl_stream.tensors.mask_tensor import MaskTensor
@@ -25,6 +24,7 @@ from tl_stream.tensors.merged_scores import MergedScores, view
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.rest import Rest
+from tl_stream.tensors.scores_data import ScoresData
 from tl_stream.tensors.wrapper import Wrapper
 
 FireHook = Callable[[Tensor], Tensor]

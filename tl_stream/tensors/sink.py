@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_stream.tensors import stacked
 from tl_stream.tensors.attention_ops import pattern_of
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores
 from tl_stream.tensors.joined import JoinedTensor, join, parts_of
@@ -45,7 +46,12 @@ class _RowMaximum(Tensor):
 
 
 def cat(tensors: Any, dim: int = 0) -> Any:
-    """`torch.cat([scores, column], dim=-1)`."""
+    """`torch.cat`, of scores and a sink column (`dim=-1`) or of sparse tensors."""
+    with_column = _beside_column(tensors, dim)
+    return stacked.cat(tensors, dim) if with_column is NotImplemented else with_column
+
+
+def _beside_column(tensors: Any, dim: int) -> Any:
     if len(tensors) != 2 or dim not in (-1, 3) or not isinstance(tensors[0], BlockSparseScores | JoinedTensor):
         return NotImplemented
     scores, column = tensors

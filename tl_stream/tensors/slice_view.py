@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -108,3 +109,16 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
         return False
     with torch._C.DisableTorchFunctionSubclass():
         return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def picking(source: Callable[[Any, Callable[[Tensor], Tensor]], Source], name: str, is_view: bool) -> Callable[..., Any]:
+    """A handler of a tensor's method that only picks entries; `is_view`: what torch's gives is a view.
+
+    `source(tensor, pick)` are the entries that `pick` takes out of an ordinary tensor of the shape.
+    """
+
+    def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        entries = source(tensor, lambda grid: getattr(grid, name)(*args, **kwargs))
+        return SliceView.of(entries) if is_view else entries.read()
+
+    return handler

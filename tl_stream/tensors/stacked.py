@@ -6,7 +6,6 @@ It holds the tensors. A function is carried out on each of them, and what comes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -15,21 +14,20 @@ import torch
 from torch import Tensor
 
 from tl_stream.layout import MAX_DENSE_ENTRIES
-from tl_stream.tensors import composite, einsum, elementwise, slicing
+from tl_stream.tensors import composite, einsum, elementwise, of_parts, slicing
 from tl_stream.tensors.arranged import REARRANGING, rearrange
 from tl_stream.tensors.densify import flatten, make_dense
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
-from tl_stream.tensors.products import Origin
+from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.view import is_integer
 from tl_stream.tensors.wrapper import SparseTensor
 
 
-class StackedTensor(SparseTensor):
+class StackedTensor(TensorOfParts):
     """See the module."""
 
     rank = 3
-    parts: tuple[SparseTensor, ...]
 
     @staticmethod
     def __new__(cls, parts: tuple[SparseTensor, ...]) -> StackedTensor:
@@ -53,14 +51,6 @@ class StackedTensor(SparseTensor):
             result = _reduce(leader, name, func, *reduced)
         return make_dense(name, func, args, kwargs) if result is NotImplemented else result
 
-    @property
-    def origin(self) -> Origin:
-        return self.parts[0].origin
-
-    @property
-    def version(self) -> int:
-        return sum(part.version for part in self.parts)
-
     def to_dense(self) -> Tensor:  # type: ignore[override]
         if self.numel() > MAX_DENSE_ENTRIES:
             raise ValueError(
@@ -73,16 +63,6 @@ class StackedTensor(SparseTensor):
         each = x.dim() == self.dim()
         results = [part.product(x[i if len(x) > 1 else 0] if each else x, transposed) for i, part in enumerate(self.parts)]
         return NotImplemented if any(x is NotImplemented for x in results) else torch.stack(results)
-
-    def stored_tensors(self) -> list[Tensor]:
-        return [tensor for part in self.parts for tensor in part.stored_tensors()]
-
-    def __copy__(self) -> StackedTensor:
-        return StackedTensor(tuple(copy(part) for part in self.parts))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        parts = "".join(f"\n  {part!r}," for part in self.parts)
-        return f"StackedTensor(shape={tuple(self.shape)},{parts}\n)"
 
 
 def stack(tensors: Any, dim: int = 0) -> Any:
@@ -256,24 +236,14 @@ def _diagonal(tensor: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any
     return SliceView.of(_Pieces([part.diagonal(offset, first - 1, second - 1) for part in tensor.parts], tensor))
 
 
-def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return StackedTensor(tuple(part.clone() for part in tensor.parts))
-
-
-def _contiguous(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return tensor
-
-
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": _getitem,
     "setitem": _setitem,
     "diagonal": _diagonal,
     "topk": _topk,
-    "clone": _clone,
-    "deepcopy": _clone,
-    "contiguous": _contiguous,
     "stack": stack,
     "cat": cat,
+    **of_parts.HANDLERS,
     **composite.HANDLERS,
     **einsum.HANDLERS,
     **slicing.HANDLERS,

@@ -16,9 +16,13 @@ from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.arranged import ArrangedTensor, arrange
 from tl_stream.tensors.block_sparse import BlockSparsePattern, BlockSparseScores, BlockSparseTensor
-from tl_stream.tensors.data import BlockData, LazyData, PatternData, ScoresData
+from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.joined import JoinedTensor
+from tl_stream.tensors.lazy_data import LazyData
+from tl_stream.tensors.of_parts import TensorOfParts
+from tl_stream.tensors.pattern_data import PatternData
 from tl_stream.tensors.products import Origin, Products
+from tl_stream.tensors.scores_data import ScoresData
 from tl_stream.tensors.stacked import StackedTensor
 from tl_stream.tensors.view import View
 from tl_stream.tensors.wrapper import SparseTensor
@@ -57,7 +61,7 @@ class Packer:
         """Any activation: an ordinary tensor or a sparse one."""
         if isinstance(tensor, ArrangedTensor):
             return {"kind": "ArrangedTensor", "base": self.pack(tensor.base), "groups": tensor.arrangement.groups}
-        if isinstance(tensor, JoinedTensor | StackedTensor):
+        if isinstance(tensor, TensorOfParts):
             return {"kind": type(tensor).__name__, "parts": [self.pack(part) for part in tensor.parts]}
         if not isinstance(tensor, BlockSparseTensor):
             return {"kind": "Tensor", "tensor": self.add(tensor)}
