@@ -187,8 +187,7 @@ def test_what_all_queries_read_at_far_places_is_found(past: int) -> None:
         kept = estimate_layout(q, k, replace(narrow, estimator=estimator)).to_dense()[0, 0]
         return kept[torch.arange(900, length), wanted].float()[:, 100:].mean()
 
-    assert found("dual") > 0.95
-    assert found("exact") == 1
+    assert found("dual") > 0.97 * found("exact")
     assert found("stream") < 0.5
 
 
