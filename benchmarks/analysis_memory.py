@@ -1,9 +1,11 @@
-"""How much memory each analysis takes on a long text: `python benchmarks/analysis_memory.py [--tokens N] [--json FILE] [NAME ...]`.
+"""How much memory each analysis takes on a long text.
 
-The bundled model reads a needle task of so many tokens (its weights are trained up to 2,048; memory does not care), blocks of 32,
-k = 16. Each analysis runs in a process of its own, whose peak memory (torch and the model included) and CPU seconds are shown; the
-sparse run that it starts from, if it needs one, is part of both. Gradients are off where the analysis takes none. An analysis
-whose result fails its check shows no figures.
+python benchmarks/analysis_memory.py [--tokens N] [--json FILE] [NAME ...]
+
+The bundled model reads a needle task of so many tokens (more than it was trained on; memory does not care), blocks of 32,
+k = 16. Each analysis runs in a process of its own, whose peak memory (torch and the model included) and CPU seconds are shown;
+the sparse run that it starts from, if it needs one, is part of both. Gradients are off where the analysis takes none. An
+analysis whose result fails its check shows no figures.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Text:
 
     def __init__(self, n_tokens: int) -> None:
         self.model: Any = tl_stream.models.load()
-        self.task = tl_stream.tasks.niah_single_1(self.model.tokenizer, n_tokens - NEW_TOKENS, depth=0.4, seed=0)
+        tokenizer: Any = self.model.tokenizer
+        self.task = tl_stream.tasks.niah_single_1(tokenizer, n_tokens - NEW_TOKENS, depth=0.4, seed=0)
         self.tokens: Tensor = self.model.to_tokens(self.task.prompt)
         self.n_tokens = self.tokens.shape[1]
 
@@ -51,7 +54,7 @@ class Text:
         return cache
 
     @cached_property
-    def sentences(self) -> list[Any]:
+    def sentences(self) -> tuple[Any, ...]:
         """The text's sentences."""
         return analysis.sentences(self.task.prompt, self.model)
 
@@ -242,7 +245,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no analysis is named {', '.join(sorted(unknown))}; there are {', '.join(ANALYSES)}")
     if options.here:
-        return run_here(*options.names, options.tokens)
+        run_here(options.names[0], options.tokens)
+        return
     results = []
     for name in options.names or ANALYSES:
         results.append(run_apart(name, options.tokens))
