@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor
 
 import tl_stream
 from tl_stream import StreamConfig
-from tl_stream.fidelity import find_budget
+from tl_stream.budget import PerHead, TopP
+from tl_stream.fidelity import distribute, find_budget
 from tl_stream.fidelity.criteria import METRICS
 
 CONFIG = StreamConfig(block_q=16, block_k=16, max_dense=0)
@@ -43,15 +45,15 @@ def test_the_smallest_k_that_generates_the_dense_models_tokens(model: Any, match
     dense = generated(model, prompt, match)
     assert result.dense_tokens == (dense,)
     assert result.best is not None
-    assert result.config == replace(CONFIG, k=result.best.k)
+    assert result.config == replace(CONFIG, k=result.best.budget)
     for each in result.evaluations:
-        with tl_stream.sparse(model, replace(CONFIG, k=each.k)):
+        with tl_stream.sparse(model, replace(CONFIG, k=each.budget)):
             assert each.tokens == (generated(model, prompt, match),)
         assert each.matched == (each.tokens == (dense,))
-        _, cache = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=each.k))
+        _, cache = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=each.budget))
         assert each.pruned == pytest.approx(cache.pruned)
-    tried = [each.k for each in result.evaluations]
-    neighbours = {k for k in (result.best.k - 1, result.best.k + 1) if 1 <= k <= 33}
+    tried = [each.budget for each in result.evaluations]
+    neighbours = {k for k in (result.best.budget - 1, result.best.budget + 1) if 1 <= k <= 33}
     assert tried == sorted(set(tried))
     assert neighbours <= set(tried)
 
@@ -74,7 +76,7 @@ def test_a_text_of_a_batch_less_needs_no_more(model: Any) -> None:
     assert both.best is not None
     assert alone.best is not None
     assert len(both.best.tokens or ()) == 2
-    assert both.best.k >= alone.best.k
+    assert both.best.budget >= alone.best.budget
 
 
 @torch.no_grad()
@@ -85,7 +87,7 @@ def test_metrics(model: Any) -> None:
         result = find_budget(model, prompt, metric=name, threshold=threshold, config=CONFIG, progress=False)
         assert result.best is not None
         for each in result.evaluations:
-            logits, _ = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=each.k), logits_to_keep=1)
+            logits, _ = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=each.budget), logits_to_keep=1)
             assert each.value == pytest.approx(METRICS[name](logits, dense), abs=1e-4)
             assert each.value is not None
             assert each.matched == (each.value <= threshold)
@@ -115,10 +117,10 @@ class Scripted:
         class Criterion:
             description, dense_tokens = "scripted", None
 
-            def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
-                assert config.k == k
-                script.tried.append(k)
-                return Evaluation(k, 1 - k / 100, k in good, value=float(k))
+            def evaluate(self, budget: int, config: StreamConfig) -> Evaluation:
+                assert config.k == budget
+                script.tried.append(budget)
+                return Evaluation(budget, 1 - budget / 100, budget in good, value=float(budget))
 
         monkeypatch.setattr(budget_search, "_criterion", lambda *args: Criterion())
 
@@ -129,7 +131,7 @@ def test_bisection(model: Any, monkeypatch: pytest.MonkeyPatch, least: int, low:
     script = Scripted(monkeypatch, *range(least, 101))
     result = find_budget(model, torch.zeros(1, 4, dtype=torch.long), low=low, high=high, progress=False)
     assert result.best is not None
-    assert result.best.k == max(least, low)
+    assert result.best.budget == max(least, low)
     assert result.is_monotone
     assert len(script.tried) == len(set(script.tried)) <= 2 * high.bit_length() + 2
 
@@ -140,7 +142,7 @@ def test_what_is_not_monotone_is_said(model: Any, monkeypatch: pytest.MonkeyPatc
         result = find_budget(model, torch.zeros(4, dtype=torch.long), high=64, progress=False)
     assert not result.is_monotone
     assert result.best is not None
-    assert result.best.k == 4
+    assert result.best.budget == 4
     assert "not monotone" in str(result.table().caption)
 
 
@@ -151,22 +153,90 @@ def test_nothing_found(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         result = find_budget(model, torch.zeros(1, 4, dtype=torch.long), high=6, progress=False)
     assert result.config is None
     assert result.best is None
-    assert [each.k for each in result.evaluations] == [1, 2, 4, 6]
-    assert json.loads(json.dumps(result.to_dict()))["k"] is None
+    assert [each.budget for each in result.evaluations] == [1, 2, 4, 6]
+    assert json.loads(json.dumps(result.to_dict()))["budget"] is None
+
+
+def per_head(model: Any, config: StreamConfig | None, k: int = 33) -> list[int]:
+    """The blocks of each head, by layer."""
+    assert config is not None
+    heads = product(range(model.cfg.n_layers), range(model.cfg.n_heads))
+    return [config.budget.of_head(layer, head).blocks(k) for layer, head in heads]
 
 
 @torch.no_grad()
-def test_vary_and_text(model: Any) -> None:
+def test_the_smallest_total_over_all_heads(model: Any) -> None:
+    match, prompt = 7, needle(model, seed=1)
+    n_heads = model.cfg.n_layers * model.cfg.n_heads
+    passes: list[int] = []
+    count = lambda embedded, hook: passes.append(embedded.shape[1])  # noqa: E731
+    with model.hooks(fwd_hooks=[("hook_embed", count)]):
+        result = find_budget(model, prompt, match, over="total", config=CONFIG, progress=False)
+    assert passes.count(512) == len(result.evaluations) + 1  # the dense run also measures what the heads' blocks hold
+    assert result.over == "total"
+    assert result.best is not None
+    assert result.best.budget > n_heads
+    assert sum(per_head(model, result.config)) == result.best.budget
+    dense = generated(model, prompt, match)
+    for each in result.evaluations:
+        k = distribute(model, prompt, each.budget / n_heads, config=CONFIG, at_most=33)
+        with tl_stream.sparse(model, replace(CONFIG, k=k)):
+            assert each.tokens == (generated(model, prompt, match),)
+        assert each.matched == (each.tokens == (dense,))
+        _, cache = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=k))
+        assert each.pruned == pytest.approx(cache.pruned)
+    assert result.evaluations[0].budget == n_heads
+    tried = {each.budget for each in result.evaluations}
+    assert {n for n in (result.best.budget - 1, result.best.budget + 1) if n >= n_heads} <= tried
+
+
+@torch.no_grad()
+def test_the_whole_total_is_the_dense_model(model: Any) -> None:
+    n_heads = model.cfg.n_layers * model.cfg.n_heads
+    result = find_budget(model, needle(model, 300), 3, over="total", config=CONFIG, low=19 * n_heads, progress=False)
+    assert [(each.budget, each.pruned, each.matched) for each in result.evaluations] == [(19 * n_heads, 0.0, True)]
+
+
+@torch.no_grad()
+def test_a_total_is_for_the_layers_that_are_not_dense(model: Any) -> None:
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    config = replace(CONFIG, dense_layers=1, keep_local=True, keep_sink=True)
+    result = find_budget(model, needle(model), over="total", config=config, progress=False)
+    assert result.best is not None
+    assert result.evaluations[0].budget == 2 * n_heads * (n_layers - 1)
+    assert isinstance(result.config, StreamConfig)
+    assert isinstance(result.config.k, PerHead)
+    assert result.config.k.budgets.keys() == set(product(range(1, n_layers), range(n_heads)))
+    numbers = per_head(model, result.config)[n_heads:]
+    assert sum(numbers) == result.best.budget
+    assert min(numbers) >= 2
+
+
+@torch.no_grad()
+def test_the_smallest_share_of_attention(model: Any) -> None:
+    prompt = needle(model, seed=1)
+    result = find_budget(model, prompt, 7, over="top_p", config=CONFIG, progress=False)
+    assert result.best is not None
+    assert 1 < result.best.budget < 100
+    assert result.config == replace(CONFIG, k=TopP(result.best.budget / 100, at_most=33))
+    with tl_stream.sparse(model, result.config):
+        assert result.best.tokens == (generated(model, prompt, 7),)
+    everything = find_budget(model, prompt, over="top_p", config=CONFIG, low=100, progress=False)
+    assert [(each.budget, each.pruned, each.matched) for each in everything.evaluations] == [(100, 0.0, True)]
+
+
+@torch.no_grad()
+def test_a_function_and_text(model: Any) -> None:
     text = tl_stream.tasks.niah_single_1(model.tokenizer, 512, depth=0.4, seed=0).prompt
     beams = (1, 2, 4)
-    result = find_budget(model, text, low=1, high=3, vary=lambda i: replace(CONFIG, k=2 * i, beam=beams[i - 1]), progress=False)
+    result = find_budget(model, text, high=3, over=lambda i: replace(CONFIG, k=2 * i, beam=beams[i - 1]), progress=False)
     assert result.config in [replace(CONFIG, k=2 * i, beam=beams[i - 1]) for i in (1, 2, 3)]
 
 
 @torch.no_grad()
 def test_a_k_that_covers_every_block_always_matches(model: Any) -> None:
     result = find_budget(model, needle(model, 300), 3, config=CONFIG, low=19, progress=False)
-    assert [(each.k, each.pruned, each.matched) for each in result.evaluations] == [(19, 0.0, True)]
+    assert [(each.budget, each.pruned, each.matched) for each in result.evaluations] == [(19, 0.0, True)]
 
 
 @torch.no_grad()
@@ -176,9 +246,9 @@ def test_printed_and_stored(model: Any) -> None:
     console.print(result)
     shown = " ".join(console.export_text().split())
     assert "the next 2 tokens are the dense model's" in shown
-    assert f"smallest that met it: {result.best.k}" in shown if result.best else False
+    assert f"smallest that met it: {result.best.budget}" in shown if result.best else False
     stored = json.loads(json.dumps(result.to_dict()))
-    assert stored["k"] == stored["config"]["k"]
+    assert stored["budget"] == stored["config"]["k"]
     assert len(stored["evaluations"]) == len(result.evaluations)
 
 
@@ -187,13 +257,14 @@ def test_progress_is_shown(model: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert "find_budget" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("over", "budget"), [("k", 2), ("total", 40), ("top_p", 90)])
 @torch.no_grad()
-def test_no_tensor_is_of_t_by_t_elements(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_of_t_by_t_elements(model: Any, monkeypatch: pytest.MonkeyPatch, over: str, budget: int) -> None:
     monkeypatch.setattr("tl_stream.attention.chunks.CHUNK_ENTRIES", 2**17)
     monkeypatch.setattr("tl_stream.estimator.problem.CHUNK_ENTRIES", 2**17)
     prompt = needle(model, 2048)
     with LargestTensor() as watch:
-        find_budget(model, prompt, config=CONFIG, progress=False)
+        find_budget(model, prompt, over=over, low=budget, high=budget, config=CONFIG, progress=False)
     assert watch.numel < 2048 * 2048 / 2
 
 
@@ -212,10 +283,27 @@ def nothing(sparse_logits: Tensor, dense_logits: Tensor) -> float:
         ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, ValueError, "expected at least one token"),
         ({"tokens": torch.zeros(1, 4)}, TypeError, "tokens was of shape"),
         ({"tokens": [1, 2]}, TypeError, "tokens was list; expected integers"),
+        ({"over": "tokens"}, ValueError, "over was 'tokens'; expected one of 'k', 'total', 'top_p', or a function"),
+        ({"over": 3}, TypeError, "over was 3; expected one of"),
+        ({"over": "total", "low": 15}, ValueError, "low was 15 and high 96; expected 16 <= low <= high <= 96"),
+        ({"over": "total", "high": 97}, ValueError, "low was 16 and high 97; expected 16 <= low <= high <= 96"),
+        ({"over": "total", "low": 30, "high": 20}, ValueError, "low was 30 and high 20"),
+        ({"over": "total", "config": StreamConfig(dense_layers=4)}, ValueError, "dense_layers=4, all 4 layers"),
+        (
+            {"over": "total", "config": StreamConfig(estimator="window")},
+            ValueError,
+            "estimator='window', which reckons no shares",
+        ),
+        ({"over": "top_p", "high": 101}, ValueError, "low was 1 and high 101; expected 1 <= low <= high <= 100"),
+        (
+            {"over": "top_p", "config": StreamConfig(estimator="window")},
+            ValueError,
+            "estimator='window', which reckons no shares",
+        ),
         ({"metric": "kld", "threshold": 1.0}, ValueError, "metric was 'kld'; expected one of 'kl', 'logit_difference'"),
         ({"metric": 3, "threshold": 1.0}, TypeError, "metric was a int"),
         ({"metric": "kl"}, ValueError, "threshold was None with a metric"),
-        ({"metric": nothing, "threshold": 1.0}, ValueError, "metric nothing gave NaN at k = 1"),
+        ({"metric": nothing, "threshold": 1.0}, ValueError, "metric nothing gave NaN at a budget of 1"),
     ],
     ids=str,
 )

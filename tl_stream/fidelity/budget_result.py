@@ -17,14 +17,14 @@ class Evaluation:
     """One budget that was tried.
 
     Attributes:
-        k: The budget: kept key blocks a query block (or the number that was given to `vary`).
+        budget: The number that was tried, of what the search went over (`BudgetSearch.over`).
         pruned: Share of the prompt's token pairs that were dropped, over all layers and heads.
         matched: Whether the criterion was met.
         value: What the metric gave; None where generated tokens were compared.
         tokens: What was generated, by text; None where a metric was computed.
     """
 
-    k: int
+    budget: int
     pruned: float
     matched: bool
     value: float | None = None
@@ -37,14 +37,16 @@ class BudgetSearch:
 
     Attributes:
         config: The config with that budget; None: no budget of the range met the criterion.
-        evaluations: Everything that was tried, by ascending `k`.
+        evaluations: Everything that was tried, by ascending budget.
         criterion: What had to be met, in words.
+        over: What the budgets are numbers of: `"k"`, `"total"`, `"top_p"`, or `"budget"` for a function.
         dense_tokens: What the dense model generates, by text; None where a metric was computed.
     """
 
     config: StreamConfig | None
     evaluations: tuple[Evaluation, ...]
     criterion: str
+    over: str
     dense_tokens: Tokens | None = None
 
     @property
@@ -61,12 +63,12 @@ class BudgetSearch:
     def table(self) -> Table:
         """The evaluations, for printing."""
         shows = "value" if self.dense_tokens is None else "tokens"
-        table = Table("k", "pruned", "met", shows, title=self.criterion, min_width=len(self.criterion) + 2)
+        table = Table(self.over, "pruned", "met", shows, title=self.criterion, min_width=len(self.criterion) + 2)
         for each in self.evaluations:
             shown = f"{each.value:.4g}" if each.tokens is None else "; ".join(" ".join(map(str, row)) for row in each.tokens)
             style = "bold" if each is self.best else None
-            table.add_row(str(each.k), f"{each.pruned:.1%}", "yes" if each.matched else "no", shown, style=style)
-        found = "no budget met the criterion" if self.best is None else f"smallest that met it: {self.best.k}"
+            table.add_row(str(each.budget), f"{each.pruned:.1%}", "yes" if each.matched else "no", shown, style=style)
+        found = "no budget met the criterion" if self.best is None else f"smallest that met it: {self.best.budget}"
         table.caption = found if self.is_monotone else f"{found}; larger ones failed: the criterion is not monotone"
         return table
 
@@ -76,7 +78,8 @@ class BudgetSearch:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
         return {
-            "k": None if self.best is None else self.best.k,
+            "over": self.over,
+            "budget": None if self.best is None else self.best.budget,
             "criterion": self.criterion,
             "is_monotone": self.is_monotone,
             "dense_tokens": self.dense_tokens,

@@ -3,9 +3,10 @@
 Stream takes the smallest k with which greedy generation gives the dense model's next two tokens (Rosser et al. 2025,
 arXiv:2510.19875, section 3). Here:
 
-1. The dense model runs once, streamed with a full layout: no T x T tensor.
-2. k doubles from the smallest until the criterion is met: O(log k) runs.
-3. Bisection between the last k that failed and the first that met it: O(log k) runs.
+1. The dense model runs once, streamed with a full layout: no T x T tensor. For a total it is measured there, too, what the
+   best blocks of each head hold.
+2. The budget doubles from the smallest until the criterion is met: O(log k) runs.
+3. Bisection between the last one that failed and the first that met it: O(log k) runs.
 4. The neighbours of what was found are tried, too. The criterion need not be monotone: more blocks can also mislead. What
    was found is then the smallest of those tried, and the result says so.
 """
@@ -13,8 +14,7 @@ arXiv:2510.19875, section 3). Here:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.budget_result import BudgetSearch, Evaluation
 from tl_stream.fidelity.criteria import METRICS, Criterion, Metric, SameTokens, SmallMetric
+from tl_stream.fidelity.distribute import dense_run
+from tl_stream.fidelity.searched import Choose, Searched
 from tl_stream.hosts.hooks import as_prompt
-
-Vary = Callable[[int], StreamConfig]
 
 
 @torch.no_grad()
@@ -38,12 +38,12 @@ def find_budget(
     metric: str | Metric | None = None,
     threshold: float | None = None,
     config: StreamConfig | None = None,
+    over: str | Choose = "k",
     low: int | None = None,
     high: int | None = None,
-    vary: Vary | None = None,
     progress: bool = True,
 ) -> BudgetSearch:
-    """The smallest k with which the sparse model does what the dense one does, on one prompt.
+    """The smallest budget with which the sparse model does what the dense one does, on one prompt.
 
     Args:
         model: A causal HookedTransformer or TransformerBridge.
@@ -52,20 +52,23 @@ def find_budget(
         metric: Instead: `"kl"`, `"logit_difference"` or a function of the sparse and the dense model's logits at the last
             position, `[batch, 1, d_vocab]`; smaller is better.
         threshold: The largest value of the metric that will do.
-        config: Everything but k; None: the defaults. Steps of generation are sparse as it says.
-        low: The smallest k to try; None: the smallest that `config` allows.
-        high: The largest k to try; None: the number of key blocks, which is the dense model.
-        vary: The config for a budget, where that is not `replace(config, k=k)`: any function of one integer, with more kept for
-            larger ones (for a grid of other numbers, of their index).
+        config: Everything but the budget; None: the defaults. Steps of generation are sparse as it says.
+        over: What the budget is a number of. `"k"`: key blocks kept for each query block and head. `"total"`: key blocks over
+            all heads of a query block, distributed over layers and heads by the attention that they hold in the dense run (see
+            `distribute`; `config.dense_layers` get none). `"top_p"`: per cent of each row's attention, as `TopP` reckons it.
+            Or a function from an int to the config for it, with more kept for larger ones (for a grid, of its index).
+        low: The smallest budget to try; None: the smallest that `config` allows (1 for a function).
+        high: The largest one; None: the one that keeps everything, which is the dense model (for a function, the number of key
+            blocks).
         progress: Show a progress bar.
 
     Returns:
-        The config found, and all that was tried. At most about `2 log2(high)` runs of the model.
+        The config found, and all that was tried. At most about `2 log2(high)` sparse runs of the model, and one dense one.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: No tokens, a `match` below 1 or beyond n_ctx, an empty range, a metric without a threshold, an unknown
-            metric or one that gives NaN.
+        ValueError: No tokens, a `match` below 1 or beyond n_ctx, an empty range, an unknown `over`, or one for which the
+            estimator reckons no shares of attention; a metric without a threshold, an unknown one or one that gives NaN.
 
     Warns:
         UserWarning: A larger budget failed than the one found.
@@ -74,24 +77,21 @@ def find_budget(
     prompt = as_prompt(model, tokens)
     _check_match(match, prompt, model.cfg.n_ctx)
     steps = 0 if metric is not None else match - 1
-    low = max(1, config.keep_local + config.keep_sink) if low is None else low
-    high = -(-(prompt.shape[1] + steps) // config.block_k) if high is None else high
-    if not 1 <= low <= high:
-        raise ValueError(f"low was {low} and high {high}; expected 1 <= low <= high, a range with a budget in it.")
-    dense = replace(config, dense_layers=model.cfg.n_layers, layout_from=None, forward="sparse", decode="exact")
-    criterion = _criterion(model, prompt, match, metric, threshold, dense)
-    vary = vary or (lambda k: replace(config, k=k))
+    searched = Searched.of(over, model, config, -(-(prompt.shape[1] + steps) // config.block_k)).within(low, high)
+    with nullcontext() if searched.shares is None else searched.shares.measured(model):
+        criterion = _criterion(model, prompt, match, metric, threshold, dense_run(model, config))
     with tqdm(desc="find_budget", disable=not progress, unit="run") as bar:
-        tried = _Tried(criterion, vary, bar)
-        _search(tried, low, high)
-    evaluations = tuple(tried.evaluations[k] for k in sorted(tried.evaluations))
-    best = next((each.k for each in evaluations if each.matched), None)
-    result = BudgetSearch(None if best is None else vary(best), evaluations, criterion.description, criterion.dense_tokens)
+        tried = _Tried(criterion, searched, bar)
+        _search(tried, searched.low, searched.high)
+    evaluations = tuple(tried.evaluations[budget] for budget in sorted(tried.evaluations))
+    best = next((each.budget for each in evaluations if each.matched), None)
+    found = None if best is None else searched.config(best)
+    result = BudgetSearch(found, evaluations, criterion.description, searched.name, criterion.dense_tokens)
     if not result.is_monotone:
-        failed = [each.k for each in evaluations if not each.matched and best is not None and each.k > best]
+        failed = [each.budget for each in evaluations if not each.matched and best is not None and each.budget > best]
         warnings.warn(
-            f"k = {best} meets the criterion ({criterion.description}), but larger ones fail: {failed}. It is not monotone "
-            "here; treat the budget as specific to this prompt, or ask for a longer match.",
+            f"{searched.name} = {best} meets the criterion ({criterion.description}), but larger ones fail: {failed}. It is "
+            "not monotone here; treat the budget as specific to this prompt, or ask for a longer match.",
             stacklevel=3,  # torch.no_grad adds a frame
         )
     return result
@@ -100,30 +100,30 @@ def find_budget(
 class _Tried:
     """Evaluates each budget once."""
 
-    def __init__(self, criterion: Criterion, vary: Vary, bar: Any) -> None:
-        self.criterion, self.vary, self.bar = criterion, vary, bar
+    def __init__(self, criterion: Criterion, searched: Searched, bar: Any) -> None:
+        self.criterion, self.searched, self.bar = criterion, searched, bar
         self.evaluations: dict[int, Evaluation] = {}
 
-    def matches(self, k: int) -> bool:
+    def matches(self, budget: int) -> bool:
         """Whether a budget meets the criterion."""
-        if k not in self.evaluations:
-            self.bar.set_postfix(k=k)
-            self.evaluations[k] = self.criterion.evaluate(k, self.vary(k))
+        if budget not in self.evaluations:
+            self.bar.set_postfix({self.searched.name: budget})
+            self.evaluations[budget] = self.criterion.evaluate(budget, self.searched.config(budget))
             self.bar.update()
-        return self.evaluations[k].matched
+        return self.evaluations[budget].matched
 
 
 def _search(tried: _Tried, low: int, high: int) -> None:
     """Double, bisect, and try the neighbours."""
-    failed, k = low - 1, low
-    while not tried.matches(k):
-        if k == high:
+    failed, budget = low - 1, low
+    while not tried.matches(budget):
+        if budget == high:
             return
-        failed, k = k, min(2 * k, high)
-    while k - failed > 1:
-        middle = (failed + k) // 2
-        failed, k = (failed, middle) if tried.matches(middle) else (middle, k)
-    for neighbour in (k - 1, k + 1):
+        failed, budget = budget, min(2 * budget, high)
+    while budget - failed > 1:
+        middle = (failed + budget) // 2
+        failed, budget = (failed, middle) if tried.matches(middle) else (middle, budget)
+    for neighbour in (budget - 1, budget + 1):
         if low <= neighbour <= high:
             tried.matches(neighbour)
 

@@ -46,7 +46,7 @@ class Criterion(Protocol):
     def dense_tokens(self) -> Tokens | None:
         """What the dense model generates, where that is compared."""
 
-    def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
+    def evaluate(self, budget: int, config: StreamConfig) -> Evaluation:
         """Run the sparse model once."""
 
 
@@ -58,10 +58,10 @@ class SameTokens:
         self.description = f"the next {n} tokens are the dense model's"
         self.dense_tokens: Tokens | None = self._generate(dense)[0]
 
-    def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
+    def evaluate(self, budget: int, config: StreamConfig) -> Evaluation:
         """Generate with one budget."""
         tokens, pruned = self._generate(config)
-        return Evaluation(k, pruned, tokens == self.dense_tokens, tokens=tokens)
+        return Evaluation(budget, pruned, tokens == self.dense_tokens, tokens=tokens)
 
     def _generate(self, config: StreamConfig) -> tuple[Tokens, float]:
         pairs = PromptPairs()
@@ -82,7 +82,7 @@ class SmallMetric:
         self.description = f"{name} <= {threshold:g}"
         self.dense, _ = self._logits(dense)
 
-    def evaluate(self, k: int, config: StreamConfig) -> Evaluation:
+    def evaluate(self, budget: int, config: StreamConfig) -> Evaluation:
         """Compute the metric for one budget.
 
         Raises:
@@ -91,8 +91,10 @@ class SmallMetric:
         logits, pruned = self._logits(config)
         value = float(self.metric(logits, self.dense))
         if math.isnan(value):
-            raise ValueError(f"metric {self.name} gave NaN at k = {k}; expected a number. Look for NaN or inf in the logits.")
-        return Evaluation(k, pruned, value <= self.threshold, value=value)
+            raise ValueError(
+                f"metric {self.name} gave NaN at a budget of {budget}; expected a number. Look for NaN or inf in the logits."
+            )
+        return Evaluation(budget, pruned, value <= self.threshold, value=value)
 
     def _logits(self, config: StreamConfig) -> tuple[Logits, float]:
         pairs = PromptPairs()

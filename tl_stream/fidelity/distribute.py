@@ -1,11 +1,13 @@
 """A total budget, distributed over heads and layers by the attention that each further block holds.
 
 A head's curve is the mean attention of its rows' best block, second best, and so on: it falls, so that taking the greatest of
-all heads' next steps, again and again, gives the distribution that keeps the most attention in the mean over heads.
+all heads' next steps, again and again, gives the distribution that keeps the most attention in the mean over heads. The curves
+are measured once, in a run with full attention, and serve any total.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_stream.budget import PerHead
-from tl_stream.config import StreamConfig, as_config
+from tl_stream.config import WITHOUT_SHARES, StreamConfig, as_config
 from tl_stream.estimator import Problem, block_shares
-from tl_stream.tensors import BlockSparseScores
-from tl_stream.tensors.scores_data import ScoresData
+from tl_stream.hosts import host_of
+from tl_stream.tensors import BlockSparsePattern
+from tl_stream.tensors.retained import recomputable
 from tl_stream.tracing import run_with_sparse_cache
 
 
@@ -33,42 +36,95 @@ def distribute(
     Args:
         model: A causal HookedTransformer or TransformerBridge.
         tokens: The text, as the model takes it.
-        blocks: Key blocks a query block and head, in the mean over heads.
+        blocks: Key blocks a query block and head, in the mean over the heads of all layers but `config.dense_layers`.
         config: Blocks and estimator, by whose shares the heads are judged; None: the defaults.
         at_most: Most blocks that a head can get.
         **kwargs: As for `run_with_sparse_cache`.
 
     Returns:
-        A budget for `StreamConfig(k=...)`, at least 1 block a head.
+        A budget for `StreamConfig(k=...)`, at least 1 block a head (2 with both `keep_local` and `keep_sink`).
 
     Raises:
-        ValueError: `blocks` is below 1 or above `at_most`.
+        ValueError: `blocks` is below that or above `at_most`, the estimator is one that reckons no shares, or every
+            layer is left dense.
     """
-    if not 1 <= blocks <= at_most:
-        raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected 1 <= blocks <= at_most.")
-    config = replace(as_config(config), k=at_most, forward="exact", layout_from=None, dense_queries=0)
-    kwargs["names_filter"] = lambda name: name.endswith("hook_attn_scores")
-    _, cache = run_with_sparse_cache(model, tokens, config=config, **kwargs)
-    found = [scores for scores in cache.values() if isinstance(scores, BlockSparseScores)]
-    curves = {scores._data.origin.layer: curve(scores, config, at_most) for scores in found}
-    names = [(layer, head) for layer, steps in curves.items() for head in range(len(steps))]
-    steps = torch.cat(list(curves.values()))
-    steps[:, 0] = torch.inf
-    best = steps.flatten().topk(round(blocks * len(names))).indices // at_most
-    numbers = torch.bincount(best, minlength=len(names)).tolist()
-    return PerHead(dict(zip(names, numbers, strict=True)), otherwise=round(blocks))
+    shares = HeadShares(model, as_config(config), at_most)
+    if not shares.least <= blocks <= at_most:
+        raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected {shares.least} <= blocks <= at_most.")
+    kwargs["names_filter"] = lambda name: False
+    with shares.measured(model):
+        run_with_sparse_cache(model, tokens, config=dense_run(model, shares.config), logits_to_keep=1, **kwargs)
+    return shares.budget(round(blocks * shares.n_heads))
 
 
-def curve(scores: BlockSparseScores, config: StreamConfig, at_most: int) -> Float[Tensor, "head_index rank"]:
+def dense_run(model: Any, config: StreamConfig) -> StreamConfig:
+    """The config of a run that reads everything, in every layer."""
+    return replace(config, dense_layers=model.cfg.n_layers, dense_queries=0, layout_from=None, forward="sparse", decode="exact")
+
+
+class HeadShares:
+    """What the best, the second best, ... key block of each head holds of a text's attention, and any total so distributed.
+
+    Args:
+        model: The model.
+        config: Blocks, dense layers (which need no budget) and estimator.
+        at_most: Most blocks that a head can get.
+
+    Raises:
+        ValueError: The estimator reckons no shares, or every layer is left dense.
+
+    Attributes:
+        n_heads: How many heads share a total: all of the layers that aren't left dense.
+        least: Fewest blocks that a head can get.
+    """
+
+    def __init__(self, model: Any, config: StreamConfig, at_most: int) -> None:
+        if config.estimator in WITHOUT_SHARES:
+            raise ValueError(
+                f"config had estimator={config.estimator!r}, which reckons no shares of attention to distribute a total by; "
+                "expected another one."
+            )
+        self.config, self.at_most = config, at_most
+        self.least = max(1, config.keep_local + config.keep_sink)
+        self.layers = host_of(model).attention_layers(model).keys() - config.dense_layer_indices(model.cfg.n_layers)
+        if not self.layers:
+            raise ValueError(
+                f"config had dense_layers={config.dense_layers!r}, all {model.cfg.n_layers} layers of the model; "
+                "expected some that are pruned, to distribute a total over."
+            )
+        self.n_heads: int = len(self.layers) * model.cfg.n_heads
+        self.curves: dict[int, Float[Tensor, "head_index rank"]] = {}
+
+    def measured(self, model: Any) -> AbstractContextManager[Any]:
+        """Within this context the model's next full run over the text is measured, layer by layer."""
+        return model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), self._note)])
+
+    def budget(self, total: int) -> PerHead:
+        """So many blocks over all heads, where they hold the most attention."""
+        names = [(layer, head) for layer, steps in self.curves.items() for head in range(len(steps))]
+        steps = torch.cat([each.cpu() for each in self.curves.values()])
+        steps[:, : self.least] = torch.inf
+        best = steps.flatten().topk(total).indices // self.at_most
+        numbers = torch.bincount(best, minlength=len(names)).tolist()
+        return PerHead(dict(zip(names, numbers, strict=True)), otherwise=max(1, round(total / self.n_heads)))
+
+    def _note(self, pattern: Tensor, hook: Any) -> None:
+        if not isinstance(pattern, BlockSparsePattern):
+            return
+        layer = pattern.origin.layer
+        if layer in self.layers and layer not in self.curves:  # later passes are steps of generation
+            self.curves[layer] = curve(pattern, self.config, self.at_most)
+
+
+def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Float[Tensor, "head_index rank"]:
     """The share of attention that the r-th best key block holds, in the mean over the query blocks of each head."""
-    data = scores._data
-    assert isinstance(data, ScoresData)
-    layout, products = data.layout, data.products
+    data, products = recomputable(pattern)
+    layout = data.layout
     problem = Problem.of(
         products.q, products.k, layout.mask, layout.block_q, layout.block_k, products.scale, products.score_mods
     )
-    parts = []
+    held = torch.zeros(layout.n_heads, at_most, dtype=problem.keys.dtype, device=layout.device)
     for *_, shares in block_shares(problem, config, at_most):
         ranked = shares.clamp(min=0).topk(min(at_most, shares.shape[-1])).values
-        parts.append(pad(ranked, (0, at_most - ranked.shape[-1])))
-    return torch.cat(parts, 2).mean((0, 2))
+        held += pad(ranked, (0, at_most - ranked.shape[-1])).sum((0, 2))
+    return held / (layout.batch * layout.n_q_blocks)
