@@ -150,6 +150,21 @@ def test_finished_cells_are_read_not_run(model: Any, tmp_path: Path, monkeypatch
     assert grown.cells[0] == resumed.cells[0]
 
 
+def test_whole_configs_stand_beside_budgets(model: Any, tmp_path: Path) -> None:
+    """Each cell is that of its own config, in one study with one dense run a text, and goes on from a file."""
+    path, stream = tmp_path / "cells.jsonl", replace(CONFIG, block_q=32, block_k=8, k=3, estimator="stream", dense_layers=1)
+    study = partial(needle_grid, model, [192], [0.5], task=digit, config=CONFIG, path=path, progress=False)
+    both = study({"stream": stream, "k = 2": 2})
+    (alone,) = needle_grid(model, [192], [0.5], {"k": 3}, task=digit, config=stream, progress=False).cells
+    assert replace(both.cells[0], budget="k") == alone
+    assert both.cells[0].pruned != both.cells[1].pruned
+    assert study({"stream": stream}).cells == both.cells[:1]
+    with pytest.raises(ValueError, match=r"the budget 'stream' differ: it has \{'block_q': 32"):
+        study({"stream": replace(stream, dense_layers=(0, 1))})
+    with pytest.raises(ValueError, match=r"budgets\['exact'\] has forward='exact'"):
+        study({"exact": StreamConfig(forward="exact")})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
