@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from allocations import LargestTensor
+from paper_studies import dry_run
+from paper_studies.loading import load
 from torch import Tensor
 
 import tl_stream
@@ -21,7 +23,7 @@ from tl_stream.analysis.needle_run import kept_in_last_row, run_task
 from tl_stream.budget import Constant, Linear, Sqrt
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.masking import AttentionMask
-from tl_stream.tasks import Span, cwe, niah, niah_single_1, vt
+from tl_stream.tasks import Span, cwe, in_chat, niah, niah_single_1, vt
 
 CONFIG = StreamConfig(block_q=16, block_k=16, max_dense=0)
 
@@ -294,3 +296,23 @@ def test_a_tensor_of_rows_is_no_view_of_the_pattern(model: Any) -> None:
     """What is noted doesn't keep the patterns alive."""
     run = run_task(model, niah_single_1(model.tokenizer, 192, seed=1), CONFIG)
     assert type(run.attention) is type(run.kept) is Tensor
+
+
+@torch.no_grad()
+def test_needles_that_a_sliding_window_has_left_behind(tmp_path: Path) -> None:
+    """Gemma 3's KV cache forgets what no local layer reads any more: each step's row is that of the whole text all the same."""
+    dry_run.save_gemma(tmp_path)
+    gemma = load(str(tmp_path), "cpu", torch.float32)
+    task = in_chat(niah_single_1)(gemma.tokenizer, 300, depth=0.5, seed=1)
+    needle, last = task.needle.slice, task.length - 1
+    assert last - gemma.original_model.config.sliding_window > needle.start
+    dense = run_task(gemma, task, dense_config(CONFIG))
+    prompt = torch.tensor([gemma.tokenizer(task.prompt)["input_ids"]])
+    whole = gemma.generate(prompt, max_new_tokens=dense.attention.shape[1], do_sample=False, stop_at_eos=False, verbose=False)
+    _, plain = gemma.run_with_cache(whole[:, :-1])
+    for layer, kind in enumerate(gemma.original_model.config.layer_types):
+        expected = plain["pattern", layer][0, :, last:, needle].transpose(0, 1)
+        torch.testing.assert_close(dense.attention[layer], expected, atol=1e-5, rtol=0)
+        assert (dense.attention[layer].sum() > 0) == (kind == "full_attention")
+    run = run_task(gemma, task, replace(CONFIG, k=2))
+    assert 0.0 <= run.retained(dense) < 1.0

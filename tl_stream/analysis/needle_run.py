@@ -51,7 +51,7 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     """Generate as many tokens as the answer has. O(T) memory; with constant budgets O(T log T) time."""
     prompt = torch.tensor([model.tokenizer(task.prompt)["input_ids"]], device=next(model.parameters()).device)
     positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
-    notes = _Notes(positions)
+    notes = _Notes(positions, prompt.shape[1])
     steps = answer_tokens(model.tokenizer, task)
     with sparse(model, config), model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), notes.take)]):
         output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
@@ -63,8 +63,8 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
 class _Notes:
     """Collects, as hooks fire, the needles' part of every last row; of the first pass, the prompt's, the pruned pairs."""
 
-    def __init__(self, positions: Int[Tensor, " needle_pos"]) -> None:
-        self.positions = positions
+    def __init__(self, positions: Int[Tensor, " needle_pos"], prompt_length: int) -> None:
+        self.positions, self.prompt_length = positions, prompt_length
         self.attention: dict[str, list[Tensor]] = {}
         self.kept: dict[str, list[Tensor]] = {}
         self._kept_pairs = self._pairs = 0
@@ -74,8 +74,16 @@ class _Notes:
         if hook.name not in self.attention:
             self._kept_pairs += layout.n_kept_pairs
             self._pairs += layout.n_pairs
-        self.attention.setdefault(hook.name, []).append(pattern[0, :, -1][:, self.positions].float())
-        self.kept.setdefault(hook.name, []).append(kept_in_last_row(layout, self.positions))
+        rows = self.attention.setdefault(hook.name, [])
+        forgotten = self.prompt_length + len(rows) - layout.seq_lengths[1]  # a KV cache drops keys before a sliding window
+        there = self.positions >= forgotten
+        keys = self.positions[there] - forgotten
+        attention = torch.zeros(pattern.shape[1], len(there), device=there.device)
+        attention[:, there] = pattern[0, :, -1][:, keys].float()
+        kept = torch.zeros_like(attention, dtype=torch.bool)
+        kept[:, there] = kept_in_last_row(layout, keys)
+        rows.append(attention)
+        self.kept.setdefault(hook.name, []).append(kept)
 
     @property
     def pruned(self) -> float:
