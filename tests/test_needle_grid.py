@@ -304,7 +304,7 @@ def test_needles_that_a_sliding_window_has_left_behind(tmp_path: Path) -> None:
     dry_run.save_gemma(tmp_path)
     gemma = load(str(tmp_path), "cpu", torch.float32)
     task = in_chat(niah_single_1)(gemma.tokenizer, 300, depth=0.5, seed=1)
-    needle, last = task.needle.slice, task.length - 1
+    needle, last = task.needles[0].slice, task.length - 1
     assert last - gemma.original_model.config.sliding_window > needle.start
     dense = run_task(gemma, task, dense_config(CONFIG))
     prompt = torch.tensor([gemma.tokenizer(task.prompt)["input_ids"]])
