@@ -35,7 +35,7 @@ class Case:
         if not 0 <= self.position <= length:
             raise ValueError(f"position was {position}; expected one from 0 to the prompt's {length} tokens.")
         self.dense = replace(config, k=2**31, layout_from=None, decode="exact", estimator="dual")
-        with sparse(model, self.dense):
+        with sparse(model, self.dense, logits_to_keep=1):
             output = model.generate(prompt, max_new_tokens=match, do_sample=False, stop_at_eos=False, verbose=False)
         self.answer = output[0, length:].clone()  # generate() gives an inference tensor
 

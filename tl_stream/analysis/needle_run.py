@@ -53,7 +53,10 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
     notes = _Notes(positions, prompt.shape[1])
     steps = answer_tokens(model.tokenizer, task)
-    with sparse(model, config), model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), notes.take)]):
+    with (
+        sparse(model, config, logits_to_keep=1),
+        model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), notes.take)]),
+    ):
         output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
     text = model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
     attention, kept = (torch.stack([torch.stack(rows) for rows in x.values()]) for x in (notes.attention, notes.kept))

@@ -66,7 +66,7 @@ class SameTokens:
 
     def _generate(self, config: StreamConfig) -> tuple[Tokens, float]:
         pairs = _Pairs()
-        with sparse(self.model, config), pairs.counted(self.model):
+        with sparse(self.model, config, logits_to_keep=1), pairs.counted(self.model):
             output = self.model.generate(self.prompt, max_new_tokens=self.n, do_sample=False, stop_at_eos=False, verbose=False)
         return tuple(tuple(row) for row in output[:, self.prompt.shape[1] :].tolist()), pairs.pruned
 

@@ -78,7 +78,7 @@ class Continuation:
         def note(x: Tensor, hook: Any) -> None:
             notes.setdefault(hook.name, []).append(x[:, -1])
 
-        with sparse(model, config), model.hooks(fwd_hooks=[(_is_resid, note)]):
+        with sparse(model, config, logits_to_keep=1), model.hooks(fwd_hooks=[(_is_resid, note)]):
             output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
         return cls(output[:, prompt.shape[1] :], torch.stack([torch.stack(x, 1) for x in notes.values()]))
 
