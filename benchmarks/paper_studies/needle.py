@@ -2,8 +2,8 @@
 
 For each length:
 
-1. Each candidate's smallest budget with which the next two tokens are the dense model's, on a text of its own (depth 0.5):
-   what it prunes, and what the row that gives the answer keeps of its full softmax.
+1. Each candidate's smallest budget with which the next two tokens are the dense model's, in a text for each depth, none of
+   which is used again: what it prunes, and what the row that gives the answer keeps of its full softmax.
 2. Greedy answers with these budgets to other texts, at all depths, beside the dense model's; and how much of the dense model's
    attention to the needle lies on kept blocks.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas
@@ -77,8 +78,9 @@ def needle_study(model: Any, settings: NeedleSettings, cells: Path | None = None
     accuracy: Rows = []
     routes: Rows = []
     for length in settings.lengths:
-        text: Any = make(model.tokenizer, length, depth=0.5, seed=SEARCH_SEED)
-        tried = {candidate.name: searched(model, candidate, text) for candidate in settings.candidates}
+        texts: Any = [make(model.tokenizer, length, depth=depth, seed=SEARCH_SEED) for depth in settings.depths]
+        tokens = torch.cat([tokens_of(model, text.prompt) for text in texts])
+        tried = {candidate.name: searched(model, candidate, tokens) for candidate in settings.candidates}
         configs = {name: config for name, (config, _) in tried.items() if config is not None}
         grid = needle_grid(
             model, [length], settings.depths, configs, task=make, samples=settings.samples, seed=GRID_SEED, path=cells
@@ -86,17 +88,17 @@ def needle_study(model: Any, settings: NeedleSettings, cells: Path | None = None
         search += [row for _, row in tried.values()]
         accuracy += accuracies(grid.to_dataframe())
         if length == route_length:
-            routes = [routed(model, name, config, text) for name, config in configs.items()]
+            routes = [routed(model, name, config, texts[len(texts) // 2]) for name, config in configs.items()]
     return {"search": search, "accuracy": accuracy, "routes": routes}
 
 
-def searched(model: Any, candidate: Candidate, task: NeedleTask) -> tuple[StreamConfig | None, dict[str, Any]]:
-    """The smallest budget that will do, and what it keeps."""
-    tokens = tokens_of(model, task.prompt)
+def searched(model: Any, candidate: Candidate, tokens: Tensor) -> tuple[StreamConfig | None, dict[str, Any]]:
+    """The smallest budget that will do in all of some texts, and what it keeps."""
     search = candidate.search(model, tokens)
     config, best = search.config, search.best
     return config, {
-        "tokens": task.length,
+        "tokens": tokens.shape[1],
+        "texts": len(tokens),
         "run": candidate.name,
         "k": budget_of(config),
         "pruned": None if best is None else best.pruned,
@@ -108,9 +110,9 @@ def searched(model: Any, candidate: Candidate, task: NeedleTask) -> tuple[Stream
 
 
 def answer_mass(model: Any, tokens: Tensor, config: StreamConfig) -> float:
-    """What the row of the next token keeps of its own full softmax, mean over layers and heads."""
+    """What the row of the next token keeps of its own full softmax, mean over layers, heads and texts."""
     _, cache = model.run_with_sparse_cache(tokens, config=config, names_filter=is_pattern, logits_to_keep=1)
-    return cache.audit(rows=1, sample=0).answers[0].retained[0]
+    return fmean(answer.retained[0] for answer in cache.audit(rows=1, sample=0).answers)
 
 
 def accuracies(cells: pandas.DataFrame) -> Rows:
