@@ -56,7 +56,7 @@ class NeedleSettings:
 
 
 FULL = NeedleSettings()
-DRY = NeedleSettings((256, 512), (0.0, 0.5, 1.0), 1, (paper(16), paper(64), ours(16)), 256)
+DRY = NeedleSettings((192, 256), (0.0, 1.0), 1, (paper(16), paper(64), ours(16)), 256)
 
 
 def needle_study(model: Any, settings: NeedleSettings, cells: Path | None = None) -> dict[str, Rows]:
