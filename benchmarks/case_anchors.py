@@ -74,14 +74,21 @@ def scores(model: Any, task: ReasoningTask, config: StreamConfig) -> VerticalSco
     return vertical_scores(cache, task.sentences, settings=SETTINGS)
 
 
-def receiver_row(name: str, found: list[VerticalScores], truth: list[VerticalScores], dense: ReceiverHeads) -> dict[str, Any]:
-    own = receiver_heads(found, settings=SETTINGS)
+def receiver_row(
+    name: str,
+    found: list[VerticalScores],
+    truth: list[VerticalScores],
+    dense: ReceiverHeads,
+    settings: AnchorSettings = SETTINGS,
+) -> dict[str, Any]:
+    own = receiver_heads(found, settings=settings)
     pairs = list(zip(found, truth, strict=True))
     return {
         "run": name,
         "pruned": min(each.pruned for each in found),
         "receiver heads": " ".join(f"L{layer}H{head}" for layer, head in own.heads),
         "top 1 same": own.heads[0] == dense.heads[0],
+        "of the dense model's": len({*own.heads} & {*dense.heads}) / len(dense.heads),
         "Spearman, own heads": [spearman(own.sentence_scores(a), dense.sentence_scores(b)) for a, b in pairs],
         "Spearman, dense heads": [spearman(dense.sentence_scores(a), dense.sentence_scores(b)) for a, b in pairs],
         "Spearman, all heads": [spearman(a.values.mean((0, 1)), b.values.mean((0, 1))) for a, b in pairs],
@@ -135,7 +142,7 @@ def antecedents_on_top(task: ReasoningTask, effects: Tensor, at_value: bool) -> 
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation where both are numbers."""
-    table = pandas.DataFrame({"a": a.flatten().numpy(), "b": b.flatten().numpy()}).dropna().rank()
+    table = pandas.DataFrame({"a": a.flatten().cpu().numpy(), "b": b.flatten().cpu().numpy()}).dropna().rank()
     return float(table["a"].corr(table["b"]))
 
 

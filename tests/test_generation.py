@@ -14,6 +14,8 @@ from transformers import DynamicCache
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.analysis import find_flips
+from tl_stream.analysis.needle_run import run_task
 
 FULL = StreamConfig(block_q=8, block_k=8, k=1000, max_dense=0)
 PRUNED = StreamConfig(block_q=8, block_k=8, k=2, beam=1, max_dense=0)
@@ -117,3 +119,21 @@ def test_hugging_faces_own_generate(model: Any) -> None:
 
 def _patterns(name: str) -> bool:
     return name.endswith("hook_pattern")
+
+
+def test_studies_that_generate_unembed_one_row_a_step() -> None:
+    """All rows of a long prompt times Gemma's vocabulary would be more than a GPU holds."""
+    model: Any = tl_stream.models.load()
+    task = tl_stream.tasks.niah_single_1(model.tokenizer, 200, seed=1)
+    rows: list[int] = []
+    studies = {
+        "needle": lambda: run_task(model, task, PRUNED),
+        "budget": lambda: tl_stream.find_budget(model, task.prompt, low=2, high=2, config=PRUNED, progress=False),
+        "flips": lambda: find_flips(model, [task.prompt], PRUNED, match=2, trials=1, progress=False),
+    }
+    with model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: rows.append(x.shape[1]))]):
+        for name, study in studies.items():
+            rows.clear()
+            study()
+            assert rows, name
+            assert max(rows) <= 7, name

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from allocations import LargestTensor
+from paper_studies import dry_run
+from paper_studies.loading import load
 from torch import Tensor
 
 import tl_stream
@@ -21,7 +23,7 @@ from tl_stream.analysis.needle_run import kept_in_last_row, run_task
 from tl_stream.budget import Constant, Linear, Sqrt
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.masking import AttentionMask
-from tl_stream.tasks import Span, cwe, niah, niah_single_1, vt
+from tl_stream.tasks import Span, cwe, in_chat, niah, niah_single_1, vt
 
 CONFIG = StreamConfig(block_q=16, block_k=16, max_dense=0)
 
@@ -148,6 +150,21 @@ def test_finished_cells_are_read_not_run(model: Any, tmp_path: Path, monkeypatch
     grown = study([192], [0.5], [2, Sqrt(2.0)])  # the dense model again, and the new budget
     assert runs == [192, 192]
     assert grown.cells[0] == resumed.cells[0]
+
+
+def test_whole_configs_stand_beside_budgets(model: Any, tmp_path: Path) -> None:
+    """Each cell is that of its own config, in one study with one dense run a text, and goes on from a file."""
+    path, stream = tmp_path / "cells.jsonl", replace(CONFIG, block_q=32, block_k=8, k=3, estimator="stream", dense_layers=1)
+    study = partial(needle_grid, model, [192], [0.5], task=digit, config=CONFIG, path=path, progress=False)
+    both = study({"stream": stream, "k = 2": 2})
+    (alone,) = needle_grid(model, [192], [0.5], {"k": 3}, task=digit, config=stream, progress=False).cells
+    assert replace(both.cells[0], budget="k") == alone
+    assert both.cells[0].pruned != both.cells[1].pruned
+    assert study({"stream": stream}).cells == both.cells[:1]
+    with pytest.raises(ValueError, match=r"the budget 'stream' differ: it has \{'block_q': 32"):
+        study({"stream": replace(stream, dense_layers=(0, 1))})
+    with pytest.raises(ValueError, match=r"budgets\['exact'\] has forward='exact'"):
+        study({"exact": StreamConfig(forward="exact")})
 
 
 @pytest.mark.parametrize(
@@ -279,3 +296,23 @@ def test_a_tensor_of_rows_is_no_view_of_the_pattern(model: Any) -> None:
     """What is noted doesn't keep the patterns alive."""
     run = run_task(model, niah_single_1(model.tokenizer, 192, seed=1), CONFIG)
     assert type(run.attention) is type(run.kept) is Tensor
+
+
+@torch.no_grad()
+def test_needles_that_a_sliding_window_has_left_behind(tmp_path: Path) -> None:
+    """Gemma 3's KV cache forgets what no local layer reads any more: each step's row is that of the whole text all the same."""
+    dry_run.save_gemma(tmp_path)
+    gemma = load(str(tmp_path), "cpu", torch.float32)
+    task = in_chat(niah_single_1)(gemma.tokenizer, 300, depth=0.5, seed=1)
+    needle, last = task.needles[0].slice, task.length - 1
+    assert last - gemma.original_model.config.sliding_window > needle.start
+    dense = run_task(gemma, task, dense_config(CONFIG))
+    prompt = torch.tensor([gemma.tokenizer(task.prompt)["input_ids"]])
+    whole = gemma.generate(prompt, max_new_tokens=dense.attention.shape[1], do_sample=False, stop_at_eos=False, verbose=False)
+    _, plain = gemma.run_with_cache(whole[:, :-1])
+    for layer, kind in enumerate(gemma.original_model.config.layer_types):
+        expected = plain["pattern", layer][0, :, last:, needle].transpose(0, 1)
+        torch.testing.assert_close(dense.attention[layer], expected, atol=1e-5, rtol=0)
+        assert (dense.attention[layer].sum() > 0) == (kind == "full_attention")
+    run = run_task(gemma, task, replace(CONFIG, k=2))
+    assert 0.0 <= run.retained(dense) < 1.0

@@ -167,8 +167,8 @@ class StreamConfig:
             _check_int("dense_layers", self.dense_layers, minimum=0)
 
 
-def as_config(config: Any) -> StreamConfig:
-    """A config as it is, None as the defaults.
+def as_config(config: Any, name: str = "config") -> StreamConfig:
+    """A config as it is, None as the defaults; errors call it `name`.
 
     Raises:
         TypeError: Anything else.
@@ -176,7 +176,7 @@ def as_config(config: Any) -> StreamConfig:
     if config is None:
         return StreamConfig()
     if not isinstance(config, StreamConfig):
-        raise TypeError(f"config was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
+        raise TypeError(f"{name} was a {type(config).__name__}; expected a tl_stream.StreamConfig, or None for the defaults.")
     return config
 
 

@@ -6,14 +6,15 @@ position the vectors A_ij v_j W_O, one for each key j and head. The importance o
     max(|y|_1 - |y - p|_1, 1e-5), over the sum of that over all parts;
 
 the parts are these vectors and x_i. (The output's bias is in y, and is no part.) Where an MLP reads the same stream as
-attention and is added with it (GPT-NeoX), what it adds is a part, too. So the weights of all edges into a position sum to 1:
-going backwards along them is a walk, and a product of weights is the probability of its path.
+attention and is added with it (GPT-NeoX), what it adds is a part, too. Where their sum is divided by its root mean square
+before it is added (Gemma 2 and 3), so is each of them: by the sum's, as it was in this run. So the weights of all edges into a
+position sum to 1: going backwards along them is a walk, and a product of weights is the probability of its path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class AttentionFlow:
         before: Residual stream before attention.
         after: Residual stream after it.
         mlp: What an MLP added beside attention; None where that comes later, or there is none.
+        gain: What a norm after attention multiplied each position's sum of parts by; None where there is none.
     """
 
     entries: KeptEntries
@@ -77,6 +79,7 @@ class AttentionFlow:
     before: Float[Tensor, "pos d_model"]
     after: Float[Tensor, "pos d_model"]
     mlp: Float[Tensor, "pos d_model"] | None = None
+    gain: Float[Tensor, "pos d_model"] | None = None
 
     @classmethod
     def of(cls, cache: Any, model: Any, layer: int, text: int) -> AttentionFlow:
@@ -84,7 +87,7 @@ class AttentionFlow:
 
         Raises:
             KeyError: An activation that is needed isn't in the cache.
-            ValueError: Attention doesn't add `pattern @ v @ W_O + b_O` to the residual stream.
+            ValueError: Attention doesn't add `pattern @ v @ W_O + b_O` to the residual stream, nor that under an RMS norm.
         """
         entries = KeptEntries.of(patterns_of(cache)[layer], text)
         attn = model.blocks[layer].attn
@@ -102,8 +105,16 @@ class AttentionFlow:
             activation(cache, "resid_mid" if has_later_mlp(model) else "resid_post", layer, text),
             activation(cache, "mlp_out", layer, text) if model.cfg.parallel_attn_mlp else None,
         )
-        flow._check(by_head[1], getattr(attn, "b_O", None), layer, cache.config.forward)
+        norm = getattr(model.blocks[layer], "ln1_post", None)
+        summed = flow._summed(by_head[1], getattr(attn, "b_O", None))
+        flow = flow if norm is None else replace(flow, gain=_gain(norm, summed, flow.added))
+        flow._check(by_head[1][-1], summed[-1], layer, cache.config.forward)
         return flow
+
+    @property
+    def added(self) -> Float[Tensor, "pos d_model"]:
+        """What attention added to the residual stream."""
+        return self.after - self.before - (0 if self.mlp is None else self.mlp)
 
     def shares(self, positions: Int[Tensor, " row"]) -> Iterator[RowShares]:
         """The weights of all edges into some positions (ascending), block by block. O(T) memory."""
@@ -118,44 +129,58 @@ class AttentionFlow:
         offset = rows - run.query_pos[i, 0]
         kept, key_pos = run.kept[:, i, offset], run.key_pos[:, i].clamp(max=self.entries.length - 1)
         whole, weight = self.after[rows], run.weight[:, i, offset]
-        share = torch.stack([self._importances(whole, weight[h], key_pos[h], h) for h in range(self.entries.n_heads)])
+        share = torch.stack([self._importances(rows, weight[h], key_pos[h], h) for h in range(self.entries.n_heads)])
         share = torch.where(kept, share, 0.0)
         stay = importance(whole, self.before[rows])
         mlp = torch.zeros_like(stay) if self.mlp is None else importance(whole, self.mlp[rows])
         total = stay + mlp + share.sum((0, 2))
         return RowShares(rows, stay / total, mlp / total, key_pos, share / total[:, None])
 
-    def _importances(self, whole: Tensor, weight: Tensor, key_pos: Tensor, head: int) -> Float[Tensor, "row key"]:
+    def _importances(self, rows: Tensor, weight: Tensor, key_pos: Tensor, head: int) -> Float[Tensor, "row key"]:
         """Of one head's parts of some rows; a few rows at a time, for each takes key x d_model numbers."""
         moved = self.moved(head, key_pos)
         step = max(1, CHUNK_NUMBERS // max(moved.numel(), 1))
-        parts = [
-            importance(y[:, None], a[..., None] * moved) for y, a in zip(whole.split(step), weight.split(step), strict=True)
-        ]
-        return torch.cat(parts)
+        found = []
+        for some, shares in zip(rows.split(step), weight.split(step), strict=True):
+            parts = shares[..., None] * moved
+            parts = parts if self.gain is None else parts * self.gain[some, None]
+            found.append(importance(self.after[some, None], parts))
+        return torch.cat(found)
 
     def moved(self, head: int, key_pos: Int[Tensor, " key"]) -> Float[Tensor, "key d_model"]:
-        """What a head would add from some keys, were its whole attention on each: `v_j W_O`."""
+        """What a head would add from some keys, were its whole attention on each and no norm after it: `v_j W_O`."""
         group = self.entries.n_heads // self.v.shape[1]
         return self.v[key_pos, head // group] @ self.W_O[head]
 
-    def _check(self, z: Tensor, bias: Tensor | None, layer: int, forward: str) -> None:
+    def _summed(self, z: Float[Tensor, "pos head_index d_v"], bias: Tensor | None) -> Float[Tensor, "pos d_model"]:
+        """The sum of all parts of attention and the bias, before a norm."""
+        return torch.einsum("phd,hdm->pm", z, self.W_O) + (0 if bias is None else bias.detach().to(z))
+
+    def _check(self, z: Float[Tensor, "head_index d_v"], summed: Float[Tensor, " d_model"], layer: int, forward: str) -> None:
         """That the parts are those of this model, in its last row."""
-        added = torch.einsum("hd,hdm->m", z[-1], self.W_O) + (0 if bias is None else bias.detach().to(z))
-        beside = 0 if self.mlp is None else self.mlp[-1]
-        agree = _close(added, self.after[-1] - self.before[-1] - beside)
+        agree = _close(summed if self.gain is None else summed * self.gain[-1], self.added[-1])
         if forward == "sparse":
             last = self.entries.layout.n_q_blocks - 1
             (run,) = self.entries.runs(torch.tensor([last], device=z.device))
             row, keys = self.entries.length - 1 - int(run.query_pos[0, 0]), run.key_pos[:, 0].clamp(max=self.entries.length - 1)
             kv_head = torch.arange(self.entries.n_heads, device=z.device) // (self.entries.n_heads // self.v.shape[1])
-            agree &= _close(torch.einsum("hk,hkd->hd", run.weight[:, 0, row], self.v[keys, kv_head[:, None]]), z[-1])
+            agree &= _close(torch.einsum("hk,hkd->hd", run.weight[:, 0, row], self.v[keys, kv_head[:, None]]), z)
         if not agree:
             raise ValueError(
-                f"In layer {layer} attention does not add pattern @ v @ W_O + b_O to the residual stream (it is normed, gated "
-                "or scaled on the way), so that its parts can't be weighed. Expected a model in which it does, as in GPT-2 and "
-                "Llama."
+                f"In layer {layer} attention does not add pattern @ v @ W_O + b_O to the residual stream (it is gated, scaled "
+                "or normed on the way, other than by an RMS norm ln1_post), so that its parts can't be weighed. Expected a "
+                "model in which it does, as in GPT-2, Llama and Gemma 3."
             )
+
+
+def _gain(
+    norm: Callable[[Tensor], Tensor], summed: Float[Tensor, "pos d_model"], normed: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, "pos d_model"]:
+    """What an RMS norm multiplied each position by: its weights (it is 1 on ones), over the root mean square there."""
+    weights = norm(torch.ones_like(summed[:1, None]))[0, 0]
+    scaled = summed * weights
+    size = (scaled * scaled).sum(-1, keepdim=True).clamp(min=torch.finfo(summed.dtype).tiny)
+    return (normed * scaled).sum(-1, keepdim=True) / size * weights
 
 
 def has_later_mlp(model: Any) -> bool:

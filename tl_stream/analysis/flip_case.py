@@ -36,7 +36,7 @@ class Case:
         if not 0 <= self.position <= length:
             raise ValueError(f"position was {position}; expected one from 0 to the prompt's {length} tokens.")
         self.dense = dense_config(config)
-        with sparse(model, self.dense):
+        with sparse(model, self.dense, logits_to_keep=1):
             tokens = greedy_tokens(model, prompt, match)
         self.answer = tokens[0].clone()  # generate() gives an inference tensor
 

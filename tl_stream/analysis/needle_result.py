@@ -53,16 +53,16 @@ class NeedleGrid:
         task: Name of the task.
         lengths: Lengths of the prompts, ascending.
         depths: Depths of the needle, ascending.
-        budgets: The budgets by name.
+        budgets: The budgets, or whole configs, by name.
         samples: Texts a cell.
-        config: Everything else about the sparse runs.
+        config: Everything else about the sparse runs of budgets.
         cells: All results, by length, depth and budget.
     """
 
     task: str
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
-    budgets: dict[str, Budget]
+    budgets: dict[str, Budget | StreamConfig]
     samples: int
     config: StreamConfig = field(repr=False)
     cells: tuple[NeedleCell, ...] = field(repr=False)

@@ -54,9 +54,10 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     """Generate as many tokens as the answer has. O(T) memory; with constant budgets O(T log T) time."""
     prompt = torch.tensor([model.tokenizer(task.prompt)["input_ids"]], device=next(model.parameters()).device)
     positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
-    notes, pairs = _Notes(positions), PromptPairs()
+    notes, pairs = _Notes(positions, prompt.shape[1]), PromptPairs()
     steps = answer_tokens(model.tokenizer, task)
-    with sparse(model, config), pairs.counted(model), model.hooks(fwd_hooks=[(is_pattern, notes.take)]):
+    hooks = model.hooks(fwd_hooks=[(is_pattern, notes.take)])
+    with sparse(model, config, logits_to_keep=1), pairs.counted(model), hooks:
         tokens = greedy_tokens(model, prompt, steps)
     text = model.tokenizer.decode(tokens[0], skip_special_tokens=True)
     attention, kept = (torch.stack([torch.stack(rows) for rows in x.values()]) for x in (notes.attention, notes.kept))
@@ -66,14 +67,23 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
 class _Notes:
     """Collects, as hooks fire, the needles' part of every last row."""
 
-    def __init__(self, positions: Int[Tensor, " needle_pos"]) -> None:
-        self.positions = positions
+    def __init__(self, positions: Int[Tensor, " needle_pos"], prompt_length: int) -> None:
+        self.positions, self.prompt_length = positions, prompt_length
         self.attention: dict[str, list[Tensor]] = {}
         self.kept: dict[str, list[Tensor]] = {}
 
     def take(self, pattern: Any, hook: Any) -> None:
-        self.attention.setdefault(hook.name, []).append(pattern[0, :, -1][:, self.positions].float())
-        self.kept.setdefault(hook.name, []).append(kept_in_last_row(pattern.block_layout, self.positions))
+        layout = pattern.block_layout
+        rows = self.attention.setdefault(hook.name, [])
+        forgotten = self.prompt_length + len(rows) - layout.seq_lengths[1]  # a KV cache drops keys before a sliding window
+        there = self.positions >= forgotten
+        keys = self.positions[there] - forgotten
+        attention = torch.zeros(pattern.shape[1], len(there), device=there.device)
+        attention[:, there] = pattern[0, :, -1][:, keys].float()
+        kept = torch.zeros_like(attention, dtype=torch.bool)
+        kept[:, there] = kept_in_last_row(layout, keys)
+        rows.append(attention)
+        self.kept.setdefault(hook.name, []).append(kept)
 
 
 def kept_in_last_row(layout: BlockLayout, positions: Int[Tensor, " key"]) -> Bool[Tensor, "head_index key"]:

@@ -15,8 +15,10 @@ from typing import Any
 from tl_stream import budget
 from tl_stream.analysis.needle_result import NeedleCell
 from tl_stream.budget import Budget
+from tl_stream.config import StreamConfig
 from tl_stream.tasks import Task
 
+Rule = Budget | StreamConfig
 _FORMAT = "tl_stream.needle_grid/1"
 
 
@@ -42,7 +44,7 @@ class CellStore:
         else:
             self._append({"format": _FORMAT, "settings": settings})
 
-    def find(self, length: int, depth: float, name: str, rule: Budget, tasks: Sequence[Task]) -> NeedleCell | None:
+    def find(self, length: int, depth: float, name: str, rule: Rule, tasks: Sequence[Task]) -> NeedleCell | None:
         """The finished cell, or None.
 
         Raises:
@@ -52,17 +54,17 @@ class CellStore:
         if row is None:
             return None
         for what, found, expected in (
-            (f"the budget {name!r}", row["rule"], budget.to_json(rule)),
+            (f"the budget {name!r}", row["rule"], as_json(rule)),
             (f"the texts (task, tokenizer) of {length} tokens at depth {depth}", row["prompts"], digest(tasks)),
         ):
             if found != expected:
                 raise _changed(self.path, what, found, expected)
         return NeedleCell(**{each.name: row[each.name] for each in fields(NeedleCell)})
 
-    def add(self, cell: NeedleCell, rule: Budget, tasks: Sequence[Task]) -> None:
+    def add(self, cell: NeedleCell, rule: Rule, tasks: Sequence[Task]) -> None:
         """Write a finished cell."""
         if self.path is not None:
-            self._append({**asdict(cell), "rule": budget.to_json(rule), "prompts": digest(tasks)})
+            self._append({**asdict(cell), "rule": as_json(rule), "prompts": digest(tasks)})
 
     def _append(self, row: dict[str, Any]) -> None:
         assert self.path is not None
@@ -85,6 +87,15 @@ class CellStore:
         if whole != text:
             path.write_text(whole, encoding="utf-8")
         self._rows = {(row["length"], row["depth"], row["budget"]): row for row in rows}
+
+
+def as_json(rule: Rule) -> Any:
+    """A budget, or a whole config with its estimator's name, as JSON has it."""
+    if isinstance(rule, Budget):
+        return budget.to_json(rule)
+    estimator = getattr(rule.estimator, "__qualname__", rule.estimator)
+    layers = list(rule.dense_layers) if isinstance(rule.dense_layers, tuple) else rule.dense_layers
+    return {**rule.to_json(), "estimator": estimator, "dense_layers": layers}
 
 
 def digest(tasks: Sequence[Task]) -> str:

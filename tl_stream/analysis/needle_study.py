@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from tl_stream.analysis.checks import check_count
 from tl_stream.analysis.needle_result import NeedleCell, NeedleGrid
 from tl_stream.analysis.needle_run import answer_tokens, run_task
-from tl_stream.analysis.needle_store import CellStore
+from tl_stream.analysis.needle_store import CellStore, Rule, as_json
 from tl_stream.budget import Budget, Constant, as_budget
 from tl_stream.config import StreamConfig, as_config
 from tl_stream.fidelity.runs import dense_config
@@ -38,7 +38,7 @@ def needle_grid(
     model: Any,
     lengths: Sequence[int],
     depths: Sequence[float],
-    budgets: Sequence[int | Budget] | Mapping[str, int | Budget],
+    budgets: Sequence[int | Budget] | Mapping[str, int | Budget | StreamConfig],
     *,
     task: MakeTask = niah_single_1,
     samples: int = 1,
@@ -53,7 +53,8 @@ def needle_grid(
         model: A causal HookedTransformer or TransformerBridge with a tokenizer.
         lengths: Tokens of the prompts; with the answer at most n_ctx.
         depths: Depths of the needle, 0 to 1.
-        budgets: What to keep: numbers of key blocks or `tl_stream.budget`s; a dict names them.
+        budgets: What to keep: numbers of key blocks or `tl_stream.budget`s; a dict names them, and may also hold configs that
+            differ in more than that.
         task: Makes a text: `task(tokenizer, length, depth=depth, seed=seed)`, as those of `tl_stream.tasks` that have needles.
         samples: Texts a cell, with the seeds `seed`, `seed + 1`, ...; the same ones at every depth and for every budget.
         seed: The first text's seed.
@@ -92,7 +93,7 @@ class _Study:
         self,
         model: Any,
         task: MakeTask,
-        rules: dict[str, Budget],
+        rules: dict[str, Rule],
         samples: int,
         seed: int,
         config: StreamConfig,
@@ -116,14 +117,15 @@ class _Study:
         return [done[name] for name in self.rules]
 
     def _computed(
-        self, length: int, depth: float, tasks: list[Task], rules: dict[str, Budget], bar: Any
+        self, length: int, depth: float, tasks: list[Task], rules: dict[str, Rule], bar: Any
     ) -> dict[str, NeedleCell]:
         rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in rules}
         for task in tasks:
             bar.set_postfix(length=length, depth=depth)
             dense = run_task(self.model, task, dense_config(self.config))
             for name, rule in rules.items():
-                run = run_task(self.model, task, replace(self.config, k=rule))
+                config = rule if isinstance(rule, StreamConfig) else replace(self.config, k=rule)
+                run = run_task(self.model, task, config)
                 rows[name].append((task.score(dense.output), task.score(run.output), run.pruned, run.retained(dense)))
             bar.update()
         means = {name: [fmean(column) for column in zip(*each, strict=True)] for name, each in rows.items()}
@@ -157,17 +159,17 @@ def _check_task(task: Any) -> None:
         )
 
 
-def _checked(config: Any) -> StreamConfig:
-    config = as_config(config)
+def _checked(config: Any, name: str = "config") -> StreamConfig:
+    config = as_config(config, name)
     if config.forward == "exact":
-        raise ValueError("config has forward='exact', in which nothing is pruned; expected forward='sparse'.")
+        raise ValueError(f"{name} has forward='exact', in which nothing is pruned; expected forward='sparse'.")
     return config
 
 
-def _named(budgets: Any) -> dict[str, Budget]:
+def _named(budgets: Any) -> dict[str, Rule]:
     """The budgets with names."""
     if isinstance(budgets, Mapping):
-        rules = {str(name): as_budget(value, f"budgets[{name!r}]") for name, value in budgets.items()}
+        rules = {str(name): _rule(value, f"budgets[{name!r}]") for name, value in budgets.items()}
     elif isinstance(budgets, Sequence) and not isinstance(budgets, str):
         given = [as_budget(value, "budgets") for value in budgets]
         rules = {f"k = {each.k}" if isinstance(each, Constant) else repr(each): each for each in given}
@@ -176,6 +178,10 @@ def _named(budgets: Any) -> dict[str, Budget]:
     if len(rules) != len(budgets) or not rules:
         raise ValueError(f"budgets were {budgets}; expected at least one, each of them once.")
     return rules
+
+
+def _rule(value: Any, name: str) -> Rule:
+    return _checked(value, name) if isinstance(value, StreamConfig) else as_budget(value, name)
 
 
 def _axis(name: str, values: Any, kind: type) -> tuple[Any, ...]:
@@ -195,7 +201,5 @@ def _settings(model: Any, samples: int, seed: int, config: StreamConfig) -> dict
         flat = parameter.detach().flatten()
         some = flat[:: max(1, len(flat) // _SAMPLED_WEIGHTS)]
         weights.update(some.to("cpu", torch.float32).numpy().tobytes())
-    estimator = getattr(config.estimator, "__qualname__", config.estimator)
-    plain = {name: value for name, value in config.to_json().items() if name != "k"} | {"estimator": estimator}
-    plain["dense_layers"] = list(config.dense_layers) if isinstance(config.dense_layers, tuple) else config.dense_layers
+    plain = {name: value for name, value in as_json(config).items() if name != "k"}
     return {"model": weights.hexdigest()[:16], "samples": samples, "seed": seed, "config": plain}

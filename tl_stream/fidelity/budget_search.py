@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_stream.config import StreamConfig
+from tl_stream.config import StreamConfig, as_config
 from tl_stream.fidelity.budget_result import BudgetSearch, Evaluation
 from tl_stream.fidelity.criteria import METRICS, Criterion, Metric, SameTokens, SmallMetric
-from tl_stream.fidelity.distribute import dense_run
+from tl_stream.fidelity.runs import dense_config
 from tl_stream.fidelity.searched import Choose, Searched
 from tl_stream.hosts.hooks import as_prompt
 
@@ -73,13 +73,13 @@ def find_budget(
     Warns:
         UserWarning: A larger budget failed than the one found.
     """
-    config = StreamConfig() if config is None else config
+    config = as_config(config)
     prompt = as_prompt(model, tokens)
     _check_match(match, prompt, model.cfg.n_ctx)
     steps = 0 if metric is not None else match - 1
     searched = Searched.of(over, model, config, -(-(prompt.shape[1] + steps) // config.block_k)).within(low, high)
     with nullcontext() if searched.shares is None else searched.shares.measured(model):
-        criterion = _criterion(model, prompt, match, metric, threshold, dense_run(model, config))
+        criterion = _criterion(model, prompt, match, metric, threshold, dense_config(config))
     with tqdm(desc="find_budget", disable=not progress, unit="run") as bar:
         tried = _Tried(criterion, searched, bar)
         _search(tried, searched.low, searched.high)

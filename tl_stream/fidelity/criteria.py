@@ -65,7 +65,7 @@ class SameTokens:
 
     def _generate(self, config: StreamConfig) -> tuple[Tokens, float]:
         pairs = PromptPairs()
-        with sparse(self.model, config), pairs.counted(self.model):
+        with sparse(self.model, config, logits_to_keep=1), pairs.counted(self.model):
             tokens = greedy_tokens(self.model, self.prompt, self.n)
         return tuple(tuple(row) for row in tokens.tolist()), pairs.pruned
 

@@ -8,7 +8,6 @@ are measured once, in a run with full attention, and serve any total.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.functional import pad
 from tl_stream.budget import PerHead
 from tl_stream.config import WITHOUT_SHARES, StreamConfig, as_config
 from tl_stream.estimator import Problem, block_shares
+from tl_stream.fidelity.runs import dense_config
 from tl_stream.hosts import host_of
 from tl_stream.tensors import BlockSparsePattern
 from tl_stream.tensors.retained import recomputable
@@ -53,13 +53,8 @@ def distribute(
         raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected {shares.least} <= blocks <= at_most.")
     kwargs["names_filter"] = lambda name: False
     with shares.measured(model):
-        run_with_sparse_cache(model, tokens, config=dense_run(model, shares.config), logits_to_keep=1, **kwargs)
+        run_with_sparse_cache(model, tokens, config=dense_config(shares.config), logits_to_keep=1, **kwargs)
     return shares.budget(round(blocks * shares.n_heads))
-
-
-def dense_run(model: Any, config: StreamConfig) -> StreamConfig:
-    """The config of a run that reads everything, in every layer."""
-    return replace(config, dense_layers=model.cfg.n_layers, dense_queries=0, layout_from=None, forward="sparse", decode="exact")
 
 
 class HeadShares:

@@ -19,7 +19,7 @@ _POINTS = ("hook_pattern", "hook_z", "hook_resid_post")
 
 def dense_config(config: StreamConfig) -> StreamConfig:
     """A config that prunes nothing: the dense model, its attention streamed."""
-    return replace(config, k=2**31, layout_from=None, decode="exact", estimator="dual")
+    return replace(config, k=2**31, estimator="dual", layout_from=None, dense_queries=0, forward="sparse", decode="exact")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Continuation:
         def note(x: Tensor, hook: Any) -> None:
             notes.setdefault(hook.name, []).append(x[:, -1])
 
-        with sparse(model, config), model.hooks(fwd_hooks=[(_is_resid, note)]):
+        with sparse(model, config, logits_to_keep=1), model.hooks(fwd_hooks=[(_is_resid, note)]):
             tokens = greedy_tokens(model, prompt, steps)
         return cls(tokens, torch.stack([torch.stack(x, 1) for x in notes.values()]))
 

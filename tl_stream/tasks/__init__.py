@@ -1,5 +1,6 @@
 """Long-context tasks whose answers, and the places they depend on, are known by construction."""
 
+from tl_stream.tasks.chat import chat_prompt, in_chat
 from tl_stream.tasks.frequency import FrequencyTask, cwe, fwe
 from tl_stream.tasks.needle import NeedleTask, niah
 from tl_stream.tasks.reasoning import ReasoningTask, Sentence, reasoning_trace
@@ -27,8 +28,10 @@ __all__ = [
     "Span",
     "Task",
     "TrackingTask",
+    "chat_prompt",
     "cwe",
     "fwe",
+    "in_chat",
     "niah",
     "niah_multikey_1",
     "niah_multikey_2",
