@@ -91,7 +91,7 @@ def anchors(model: Any, options: argparse.Namespace) -> Tables:
 
 
 def show(found: Tables, options: argparse.Namespace, seconds: float) -> None:
-    console = Console()
+    console = Console(width=160)
     if options.dry_run:
         console.print(f"[bold red]{RANDOM}[/bold red]")
     for name, rows in found.items():
