@@ -4,7 +4,8 @@
 2. Rows drawn without replacement from the others, exactly; an interval for the mean over all rows (`interval`). Rows that
    dropped nothing are known to keep everything, and aren't drawn.
 3. Every row, by means and variances of the dropped keys (`estimate`): an estimate, with its error in the rows of 1 and 2.
-4. A verdict on every head, and on the chosen rows (`verdict`).
+4. A verdict on every head, and on the chosen rows (`verdict`). It may be told what those rows say when they read everything
+   (`tl_stream.recheck`, one more sparse run).
 
 All of that compares with the softmax of the sparse run's own q and k. In the first layer those are the dense model's; later
 ones already carry what earlier layers lost.
@@ -36,6 +37,7 @@ def audit(
     sample: int = 64,
     *,
     lead: Float[Tensor, "batch pos"] | None = None,
+    reread: Float[Tensor, "batch row"] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Audit:
@@ -53,7 +55,8 @@ def audit(
         layers = {layer: _Layer.of(pattern, text, rows) for layer, pattern in sorted(patterns.items())}
         for layer, part in layers.items():
             heads += part.heads(text, layer, sample, confidence, torch.Generator().manual_seed(seed))
-        answers.append(_rows_audit(text, layers, None if lead is None else lead[text]))
+        said = (None if each is None else each[text] for each in (lead, reread))
+        answers.append(_rows_audit(text, layers, *said))
     return Audit(heads=tuple(heads), answers=tuple(answers), sample=sample, confidence=confidence)
 
 
@@ -121,17 +124,23 @@ class _Layer(NamedTuple):
         return (self.chosen - self.softmax.shown.start).tolist()
 
 
-def _rows_audit(text: int, layers: dict[int, _Layer], lead: Float[Tensor, " pos"] | None) -> RowsAudit:
+def _rows_audit(
+    text: int, layers: dict[int, _Layer], lead: Float[Tensor, " pos"] | None, reread: Float[Tensor, " row"] | None
+) -> RowsAudit:
     """The chosen rows, over all layers and heads."""
     mass = torch.stack([part.exact.mean(0) for part in layers.values()]).mean(0)
     first = next(iter(layers.values()))
-    lead = None if lead is None else _at(lead, first.chosen, first.softmax.layout.mask.query_length)
-    known = None if lead is None else tuple(lead.tolist())
-    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), known, rows_reasons(mass, lead, first._numbers))
+    length = first.softmax.layout.mask.query_length
+    at_rows = [_at(each, first.chosen, length) for each in (lead, reread)]
+    known = (None if each is None else tuple(each.tolist()) for each in at_rows)
+    reasons = rows_reasons(mass, *at_rows, first._numbers)
+    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), *known, reasons)
 
 
-def _at(lead: Float[Tensor, " pos"], rows: Int[Tensor, " row"], length: int) -> Float[Tensor, " row"] | None:
+def _at(lead: Float[Tensor, " pos"] | None, rows: Int[Tensor, " row"], length: int) -> Float[Tensor, " row"] | None:
     """What is known of the last positions of a text of some length, at its rows; None where it isn't known of all."""
+    if lead is None:
+        return None
     index = rows - (length - len(lead))
     return None if bool((index < 0).any()) else lead.to(rows.device)[index]
 

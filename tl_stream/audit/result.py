@@ -58,6 +58,8 @@ class RowsAudit:
         retained: Retained mass of each row, mean over all cached layers and heads, exact.
         lead: By how much the run's own most likely next token is more probable than the second, in each row; None: it isn't
             known for all of them (the run gave no logits, or the rows are too far from the text's end).
+        reread: The lead of these same tokens where these rows read everything, in each row; negative: another token is more
+            probable there. None: not rechecked (`tl_stream.recheck` does it).
         reasons: Why not to trust what the model computes there; empty: no reason found.
     """
 
@@ -65,6 +67,7 @@ class RowsAudit:
     rows: tuple[int, ...]
     retained: tuple[float, ...]
     lead: tuple[float, ...] | None
+    reread: tuple[float, ...] | None
     reasons: tuple[str, ...]
 
     @property
@@ -75,10 +78,11 @@ class RowsAudit:
     @property
     def doubt(self) -> tuple[float, ...] | None:
         """Lost mass / lead of each row, what the verdict goes by where the lead is known: small where little is lost, and
-        where the model is sure enough for that not to matter."""
+        where the model is sure enough for that not to matter. The lead is the lesser one, if rows were reread."""
         if self.lead is None:
             return None
-        return tuple(lost_per_lead(torch.tensor(self.retained), torch.tensor(self.lead)).tolist())
+        lead, reread = (None if each is None else torch.tensor(each) for each in (self.lead, self.reread))
+        return tuple(lost_per_lead(torch.tensor(self.retained), lead, reread).tolist())
 
 
 @dataclass(frozen=True)
