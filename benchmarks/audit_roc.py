@@ -34,12 +34,14 @@ from tqdm import tqdm
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.audit.verdict import DOUBT_THRESHOLD, ROW_THRESHOLD
 from tl_stream.tasks import niah, reasoning_trace, variable_tracking
 
 TOKENS = 1024
 SENTENCES = 100
 FIRST_SEED = 10_000
 SCORES = {"lost": "lost mass", "doubt": "lost mass / lead", "recheck": "lost mass / lesser lead, rechecked"}
+IN_USE = {"lost": 1 - ROW_THRESHOLD, "doubt": DOUBT_THRESHOLD, "recheck": DOUBT_THRESHOLD}
 KINDS = ("dual", "stream", "window", "random")
 FALSE_ALARMS = 0.1
 CONFIGS = [
@@ -118,16 +120,20 @@ def curve(rows: list[dict[str, Any]], score: str) -> tuple[Tensor, Tensor, Tenso
     return thresholds, above[:, flip].double().mean(1), above[:, ~flip].double().mean(1)
 
 
-def verdict(rows: list[dict[str, Any]], score: str) -> dict[str, float]:
-    """The threshold chosen on half of the seeds, and what it flags in the other half."""
+def verdict(rows: list[dict[str, Any]], score: str) -> dict[str, dict[str, float]]:
+    """What the threshold chosen on half of the seeds flags in the other half; and what the one that the audit uses does."""
     thresholds, _, false = curve([row for row in rows if row["seed"] % 4 < 2], score)
-    best = int((false <= FALSE_ALARMS).nonzero().min())
-    _, held_hit, held_false = curve([row for row in rows if row["seed"] % 4 >= 2], score)
-    return {
-        "threshold": float(thresholds[best]),
-        "flagged_of_flipped": float(held_hit[best]),
-        "flagged_of_others": float(held_false[best]),
+    chosen = float(thresholds[int((false <= FALSE_ALARMS).nonzero().min())])
+    held = [row for row in rows if row["seed"] % 4 >= 2]
+    return {"chosen here": flagged(held, score, chosen), "the audit's": flagged(held, score, IN_USE[score])}
+
+
+def flagged(rows: list[dict[str, Any]], score: str, threshold: float) -> dict[str, float]:
+    shares = {
+        name: [row[score] > threshold for row in rows if row["flip"] == flip]
+        for name, flip in (("flagged_of_flipped", True), ("flagged_of_others", False))
     }
+    return {"threshold": threshold, **{name: sum(flags) / len(flags) for name, flags in shares.items()}}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,11 +164,12 @@ def show(result: dict[str, Any]) -> None:
         figures = ("-" if part[f"auc_of_{key}"] is None else f"{part[f'auc_of_{key}']:.3f}" for key in (*SCORES, "k"))
         table.add_row(name, str(part["answers"]), str(part["flips"]), *figures)
     Console().print(table)
-    for score, found in result["verdicts"].items():
-        Console().print(
-            f"{SCORES[score]} above {found['threshold']:.3f}: on the other half of the seeds "
-            f"{found['flagged_of_flipped']:.1%} of the flipped answers and {found['flagged_of_others']:.1%} of the others."
-        )
+    for score, verdicts in result["verdicts"].items():
+        for name, found in verdicts.items():
+            Console().print(
+                f"{SCORES[score]} above {found['threshold']:.3f} ({name}): on the other half of the seeds "
+                f"{found['flagged_of_flipped']:.1%} of the flipped answers and {found['flagged_of_others']:.1%} of the others."
+            )
 
 
 def drawn(rows: list[dict[str, Any]], result: dict[str, Any]) -> go.Figure:
@@ -175,7 +182,8 @@ def drawn(rows: list[dict[str, Any]], result: dict[str, Any]) -> go.Figure:
             thresholds, hit, false = curve(part, score)
             label = f"{name}: {SCORES[score]} (AUC {area:.3f})"
             made.add_scatter(x=false.tolist(), y=hit.tolist(), text=[f"above {t:.3f}" for t in thresholds], name=label)
-    for score, found in result["verdicts"].items():
+    for score, verdicts in result["verdicts"].items():
+        found = verdicts["the audit's"]
         made.add_scatter(
             x=[found["flagged_of_others"]], y=[found["flagged_of_flipped"]], mode="markers", marker_size=12,
             name=f"{SCORES[score]} above {found['threshold']:.3f}, on unseen seeds",

@@ -3,7 +3,7 @@
 1. Chosen rows (the last ones, say) exactly, from q and k.                                            O(T d) a row and head
 2. Rows drawn without replacement from the others, exactly; an interval for the mean over all rows (`interval`). Rows that
    dropped nothing are known to keep everything, and aren't drawn.
-3. Every row, by means and variances of the dropped keys (`estimate`): an estimate, with its error in the rows of 1 and 2.
+3. Every row, by a few of the keys that it dropped (`estimate`): an estimate, with its error in the rows of 1 and 2.
 4. A verdict on every head, and on the chosen rows (`verdict`). It may be told what those rows say when they read everything
    (`tl_stream.recheck`, one more sparse run).
 

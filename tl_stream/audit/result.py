@@ -27,7 +27,7 @@ class HeadAudit:
         retained: Retained mass of each chosen row, exact.
         mean_low: Lower end of the confidence interval for the mean over all rows.
         mean_high: Its upper end.
-        mean_estimated: That mean, estimated from means and variances of the dropped keys.
+        mean_estimated: That mean, estimated from a few of the dropped keys of every row.
         estimate_error: Mean absolute error of this estimate in the chosen and the drawn rows.
         reasons: Why not to trust what this head's pattern shows; empty: no reason found.
     """
