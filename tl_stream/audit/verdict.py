@@ -11,8 +11,8 @@ from torch import Tensor
 # A head that keeps less than this shows less than half of what it reads.
 HEAD_THRESHOLD = 0.5
 # Of a row: its retained mass, mean over all layers and heads; where the run's logits are known, `lost_per_lead`. Chosen by
-# benchmarks/audit_roc.py on the bundled model (default, recency and random blocks): those that flag the most flipped answers and
-# at most a tenth of the others. What they do on texts that didn't choose them, with the paper's choice of blocks, too, and
+# benchmarks/audit_roc.py on the bundled model (default, recency and random blocks): those that flag the most flipped answers
+# and at most a tenth of the others. What they do on texts that didn't choose them, with the paper's choice of blocks, too, and
 # rechecked: docs/measurements.md. Another model may need others.
 ROW_THRESHOLD = 0.585
 DOUBT_THRESHOLD = 0.43
