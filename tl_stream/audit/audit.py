@@ -55,8 +55,8 @@ def audit(
         layers = {layer: _Layer.of(pattern, text, rows) for layer, pattern in sorted(patterns.items())}
         for layer, part in layers.items():
             heads += part.heads(text, layer, sample, confidence, torch.Generator().manual_seed(seed))
-        said = (None if each is None else each[text] for each in (lead, reread))
-        answers.append(_rows_audit(text, layers, *said))
+        known = (None if each is None else each[text] for each in (lead, reread))
+        answers.append(_rows_audit(text, layers, *known))
     return Audit(heads=tuple(heads), answers=tuple(answers), sample=sample, confidence=confidence)
 
 
@@ -131,10 +131,13 @@ def _rows_audit(
     mass = torch.stack([part.exact.mean(0) for part in layers.values()]).mean(0)
     first = next(iter(layers.values()))
     length = first.softmax.layout.mask.query_length
-    at_rows = [_at(each, first.chosen, length) for each in (lead, reread)]
-    known = (None if each is None else tuple(each.tolist()) for each in at_rows)
-    reasons = rows_reasons(mass, *at_rows, first._numbers)
-    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), *known, reasons)
+    lead, reread = (_at(each, first.chosen, length) for each in (lead, reread))
+    reasons = rows_reasons(mass, lead, reread, first._numbers)
+    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), _floats(lead), _floats(reread), reasons)
+
+
+def _floats(x: Tensor | None) -> tuple[float, ...] | None:
+    return None if x is None else tuple(x.tolist())
 
 
 def _at(lead: Float[Tensor, " pos"] | None, rows: Int[Tensor, " row"], length: int) -> Float[Tensor, " row"] | None:

@@ -81,8 +81,8 @@ class RowsAudit:
         where the model is sure enough for that not to matter. The lead is the lesser one, if rows were reread."""
         if self.lead is None:
             return None
-        lead, reread = (None if each is None else torch.tensor(each) for each in (self.lead, self.reread))
-        return tuple(lost_per_lead(torch.tensor(self.retained), lead, reread).tolist())
+        reread = None if self.reread is None else torch.tensor(self.reread)
+        return tuple(lost_per_lead(torch.tensor(self.retained), torch.tensor(self.lead), reread).tolist())
 
 
 @dataclass(frozen=True)
