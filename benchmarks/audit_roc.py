@@ -4,14 +4,16 @@
 
 The bundled model reads prompts of four tasks, half of them after three random tokens (a search over such prefixes is how
 answers of the sparse model are flipped on purpose), followed by the dense model's own greedy answer. Each text is traced with
-many small budgets, with Stream's choice of blocks and with two that don't look at the keys. An answer flipped where the most
-likely token differs from the dense model's at any of its rows.
+many small budgets, with the default choice of blocks, the paper's (means of keys), and two that don't look at the keys. An
+answer flipped where the most likely token differs from the dense model's at any of its rows.
 
 The audit, which sees the sparse run alone, knows of each row which share of its full softmax was lost (mean over all layers
-and heads), and by how much the run's next token leads there, in probability. An answer's score is the greatest of its rows,
-of the lost mass, and of lost mass / lead. AUC is the probability that a flipped answer has more than one that stayed, ties
-counting half; "k alone" is how well the known number of kept keys does. The thresholds are those that flag the most flips
-and at most a tenth of the others, on half of the seeds; their rates are those of the other half.
+and heads), and by how much the run's next token leads there, in probability. A recheck (one more sparse run, on the same
+blocks, in which the answer's rows read everything) knows by how much that token leads then. An answer's score is the greatest
+of its rows, of the lost mass, of lost mass / lead, and of lost mass / the lesser of both leads. AUC is the probability that a
+flipped answer has more than one that stayed, ties counting half; "k alone" is how well the known number of kept keys does. The
+thresholds are those that flag the most flips and at most a tenth of the others, on half of the seeds; their rates are those of
+the other half.
 """
 
 from __future__ import annotations
@@ -32,20 +34,25 @@ from tqdm import tqdm
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.audit.verdict import DOUBT_THRESHOLD, ROW_THRESHOLD
 from tl_stream.cache import is_pattern
 from tl_stream.tasks import niah, reasoning_trace, variable_tracking
 
 TOKENS = 1024
 SENTENCES = 100
 FIRST_SEED = 10_000
-SCORES = {"lost": "lost mass", "doubt": "lost mass / lead"}
+SCORES = {"lost": "lost mass", "doubt": "lost mass / lead", "recheck": "lost mass / lesser lead, rechecked"}
+IN_USE = {"lost": 1 - ROW_THRESHOLD, "doubt": DOUBT_THRESHOLD, "recheck": DOUBT_THRESHOLD}
+KINDS = ("dual", "stream", "window", "random")
 FALSE_ALARMS = 0.1
 CONFIGS = [
     StreamConfig(block_q=block, block_k=block, k=k, estimator=estimator, seed=0)
     for estimator, blocks, budgets in (
-        ("dual", (8, 16, 32), (1, 2, 4, 8)),
-        ("window", (32,), (4, 16)),
-        ("random", (32,), (8, 16)),
+        ("dual", (8, 32), (1, 2, 4, 8)),
+        ("stream", (8,), (16, 32)),
+        ("stream", (32,), (4, 8)),
+        ("window", (32,), (16,)),
+        ("random", (32,), (16,)),
     )
     for block in blocks
     for k in budgets
@@ -77,7 +84,8 @@ def measure(model: Any, dense: Any, seed: int) -> Iterator[dict[str, Any]]:
         expected = dense(text, logits_to_keep=n).logits.argmax(-1)
         for config in CONFIGS:
             logits, cache = model.run_with_sparse_cache(text, config=config, logits_to_keep=n, names_filter=is_pattern)
-            audited = cache.audit(rows=n, sample=0).answers[0]
+            alone = cache.audit(rows=n, sample=0).answers[0]
+            audited = tl_stream.recheck(model, text, cache, rows=n, sample=0).answers[0]
             flipped = (logits.argmax(-1) != expected)[0].tolist()
             yield {
                 "task": name,
@@ -87,9 +95,11 @@ def measure(model: Any, dense: Any, seed: int) -> Iterator[dict[str, Any]]:
                 "estimator": config.estimator,
                 "retained": audited.retained,
                 "lead": audited.lead,
+                "reread": audited.reread,
                 "flipped": flipped,
-                "lost": 1 - min(audited.retained),
-                "doubt": max(audited.doubt or ()),
+                "lost": 1 - min(alone.retained),
+                "doubt": max(alone.doubt or ()),
+                "recheck": max(audited.doubt or ()),
                 "flip": any(flipped),
             }
 
@@ -109,21 +119,25 @@ def curve(rows: list[dict[str, Any]], score: str) -> tuple[Tensor, Tensor, Tenso
     return thresholds, above[:, flip].double().mean(1), above[:, ~flip].double().mean(1)
 
 
-def verdict(rows: list[dict[str, Any]], score: str) -> dict[str, float]:
-    """The threshold chosen on half of the seeds, and what it flags in the other half."""
+def verdict(rows: list[dict[str, Any]], score: str) -> dict[str, dict[str, float]]:
+    """What the threshold chosen on half of the seeds flags in the other half; and what the one that the audit uses does."""
     thresholds, _, false = curve([row for row in rows if row["seed"] % 4 < 2], score)
-    best = int((false <= FALSE_ALARMS).nonzero().min())
-    _, held_hit, held_false = curve([row for row in rows if row["seed"] % 4 >= 2], score)
-    return {
-        "threshold": float(thresholds[best]),
-        "flagged_of_flipped": float(held_hit[best]),
-        "flagged_of_others": float(held_false[best]),
+    chosen = float(thresholds[int((false <= FALSE_ALARMS).nonzero().min())])
+    held = [row for row in rows if row["seed"] % 4 >= 2]
+    return {"chosen here": flagged(held, score, chosen), "the audit's": flagged(held, score, IN_USE[score])}
+
+
+def flagged(rows: list[dict[str, Any]], score: str, threshold: float) -> dict[str, float]:
+    shares = {
+        name: [row[score] > threshold for row in rows if row["flip"] == flip]
+        for name, flip in (("flagged_of_flipped", True), ("flagged_of_others", False))
     }
+    return {"threshold": threshold, **{name: sum(flags) / len(flags) for name, flags in shares.items()}}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     groups = {"all": rows, **{name: [r for r in rows if r["task"] == name] for name in sorted({r["task"] for r in rows})}}
-    groups |= {f"{kind} blocks": [r for r in rows if r["estimator"] == kind] for kind in ("dual", "window", "random")}
+    groups |= {f"{kind} blocks": [r for r in rows if r["estimator"] == kind] for kind in KINDS}
     return {
         "verdicts": {score: verdict(rows, score) for score in SCORES},
         "groups": {name: group(part) for name, part in groups.items()},
@@ -149,16 +163,17 @@ def show(result: dict[str, Any]) -> None:
         figures = ("-" if part[f"auc_of_{key}"] is None else f"{part[f'auc_of_{key}']:.3f}" for key in (*SCORES, "k"))
         table.add_row(name, str(part["answers"]), str(part["flips"]), *figures)
     Console().print(table)
-    for score, found in result["verdicts"].items():
-        Console().print(
-            f"{SCORES[score]} above {found['threshold']:.3f}: on the other half of the seeds "
-            f"{found['flagged_of_flipped']:.1%} of the flipped answers and {found['flagged_of_others']:.1%} of the others."
-        )
+    for score, verdicts in result["verdicts"].items():
+        for name, found in verdicts.items():
+            Console().print(
+                f"{SCORES[score]} above {found['threshold']:.3f} ({name}): on the other half of the seeds "
+                f"{found['flagged_of_flipped']:.1%} of the flipped answers and {found['flagged_of_others']:.1%} of the others."
+            )
 
 
 def drawn(rows: list[dict[str, Any]], result: dict[str, Any]) -> go.Figure:
     made = go.Figure()
-    parts = [("all", score) for score in SCORES] + [(task, "doubt") for task in sorted({row["task"] for row in rows})]
+    parts = [("all", score) for score in SCORES] + [(task, "recheck") for task in sorted({row["task"] for row in rows})]
     for name, score in parts:
         part = [row for row in rows if name in ("all", row["task"])]
         area = result["groups"][name][f"auc_of_{score}"]
@@ -166,7 +181,8 @@ def drawn(rows: list[dict[str, Any]], result: dict[str, Any]) -> go.Figure:
             thresholds, hit, false = curve(part, score)
             label = f"{name}: {SCORES[score]} (AUC {area:.3f})"
             made.add_scatter(x=false.tolist(), y=hit.tolist(), text=[f"above {t:.3f}" for t in thresholds], name=label)
-    for score, found in result["verdicts"].items():
+    for score, verdicts in result["verdicts"].items():
+        found = verdicts["the audit's"]
         made.add_scatter(
             x=[found["flagged_of_others"]], y=[found["flagged_of_flipped"]], mode="markers", marker_size=12,
             name=f"{SCORES[score]} above {found['threshold']:.3f}, on unseen seeds",

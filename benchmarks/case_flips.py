@@ -3,8 +3,8 @@
 The bundled model answers prompts of about 1,000 tokens: needles among others, and reasoning traces. Tokens to insert are
 searched for at random and along the gradient (3 tokens, small budgets), for the paper's choice of blocks and for the default
 one. What is found is run again at half and at larger budgets: a flip that goes away above is an artefact of sparsity. The
-audit judges every sparse run of the study (with and without tokens, at all budgets) before the dense answer is seen; its
-threshold is that of benchmarks/audit_roc.py, which other texts chose.
+audit judges every sparse run of the study (with and without tokens, at all budgets) before the dense answer is seen, from the
+run alone and rechecked (one more sparse run); its threshold is that of benchmarks/audit_roc.py, which other texts chose.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def audited(results: list[Flips]) -> dict[str, Any]:
     """How many sparse runs with another answer, and with the same one, the audit doubts; Wilson intervals at 95 %."""
     runs = [run for result in results for run in result.sparse_runs]
     parts = {}
-    for name, same in (("another answer", False), ("the dense answer", True)):
-        doubted = [not run.trusted for run in runs if run.same == same]
-        low, high = wilson(sum(doubted) / len(doubted), len(doubted))
-        parts[f"doubted of runs with {name}"] = f"{sum(doubted)}/{len(doubted)} [{low:.3f}, {high:.3f}]"
+    for audit, verdict in (("rechecked", "rechecked"), ("from the run alone", "trusted")):
+        for name, same in (("another answer", False), ("the dense answer", True)):
+            doubted = [not getattr(run, verdict) for run in runs if run.same == same]
+            low, high = wilson(sum(doubted) / len(doubted), len(doubted))
+            parts[f"doubted of runs with {name}, {audit}"] = f"{sum(doubted)}/{len(doubted)} [{low:.3f}, {high:.3f}]"
     return parts

@@ -38,10 +38,9 @@ def queries_and_keys(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries that look for four earlier keys each."""
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(1, 2, length, 64, generator=generator)
-    wanted = (torch.rand(4, 4, length, generator=generator) * torch.arange(length)).long()
-    of_head = k.repeat_interleave(2, 1)[0]
-    q = sum(of_head.gather(1, each[..., None].expand(-1, -1, 64)) for each in wanted)
-    return 0.5 * q[None], k
+    wanted = (torch.rand(4, 4 * length, generator=generator) * torch.arange(length).repeat(4)).long()
+    found = k.repeat_interleave(2, 1)[0].gather(1, wanted[..., None].expand(-1, -1, 64))
+    return 0.5 * found.unflatten(1, (4, length)).sum(1)[None], k
 
 
 def check() -> str | None:

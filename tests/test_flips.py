@@ -72,12 +72,14 @@ def test_figures_are_the_audits() -> None:
     (flip,) = find_flips(model, PROMPTS[:1], CONFIG, trials=4, position=0, progress=False).prompts
     text = with_tokens(PROMPTS[0], flip, 0)[None]
     logits, cache = model.run_with_sparse_cache(text, config=CONFIG)
-    (rows,) = cache.audit().answers
+    (alone,) = cache.audit().answers
+    (rows,) = tl_stream.recheck(model, text, cache).answers
+    assert rows.reread is not None
     retained = torch.stack([cache["pattern", layer][0, :, -1:].retained_mass().mean() for layer in range(3)]).mean()
     assert flip.k_adv.retained == pytest.approx(float(retained), abs=1e-6)
     first, second = logits[0, -1].softmax(-1).topk(2).values.tolist()
-    assert flip.k_adv.lead == pytest.approx(first - second, abs=1e-6)
-    assert (flip.k_adv.trusted, flip.k_adv.pruned) == (rows.trusted, cache.pruned)
+    assert flip.k_adv.lead == pytest.approx(min(first - second, rows.reread[0]), abs=1e-6)
+    assert (flip.k_adv.trusted, flip.k_adv.rechecked, flip.k_adv.pruned) == (alone.trusted, rows.trusted, cache.pruned)
     assert (flip.vanilla.retained, flip.vanilla.pruned, flip.vanilla.k) == (pytest.approx(1), 0, None)
 
 
@@ -107,9 +109,11 @@ def test_shares_and_tables() -> None:
     result = find_flips(build("gqa", torch.float32), PROMPTS, CONFIG, trials=16, progress=False)
     runs = [run for flip in result.prompts for name, run in flip.runs.items() if name != "vanilla"]
     wrong = [run for run in runs if not run.same]
-    assert result.flagged == sum(not run.trusted for run in wrong) / len(wrong)
+    assert result.flagged(recheck=False) == sum(not run.trusted for run in wrong) / len(wrong)
+    assert result.flagged() == sum(not run.rechecked for run in wrong) / len(wrong)
     right = [run for run in runs if run.same]
-    assert result.false_alarms == sum(not run.trusted for run in right) / len(right)
+    assert result.false_alarms(recheck=False) == sum(not run.trusted for run in right) / len(right)
+    assert result.false_alarms() == sum(not run.rechecked for run in right) / len(right)
     frame = result.to_dataframe()
     assert len(frame) == len(runs) + 4
     assert frame[frame.run == "vanilla"].same.mean() == result.same("vanilla")

@@ -9,7 +9,7 @@ import tl_stream
 
 ORDER = [
     "budget", "config", "masking", "score_mod", "layout", "estimator", "attention", "tensors", "audit", "hosts", "cache",
-    "tracing", "fidelity", "tasks", "analysis", "viz", "models", "demo", "cli",
+    "tracing", "recheck", "fidelity", "tasks", "analysis", "viz", "models", "demo", "cli",
 ]  # fmt: skip
 ROOT = Path(tl_stream.__file__).parent
 

@@ -7,6 +7,7 @@ from tl_stream.estimator import estimate_layout
 from tl_stream.fidelity import distribute, fidelity, find_budget
 from tl_stream.hosts import Support, supports
 from tl_stream.layout import BlockLayout
+from tl_stream.recheck import recheck
 from tl_stream.tensors import BlockSparsePattern, BlockSparseScores
 from tl_stream.tracing import register, run_with_sparse_cache, sparse
 
@@ -25,6 +26,7 @@ __all__ = [
     "fidelity",
     "find_budget",
     "models",
+    "recheck",
     "run_with_sparse_cache",
     "sparse",
     "supports",

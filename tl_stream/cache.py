@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.utilities import Slice
 
-from tl_stream.audit import Audit, audit
+from tl_stream.audit import Audit, NextTokens, audit
 from tl_stream.config import StreamConfig
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.block_sparse import BlockSparseTensor
@@ -26,7 +26,6 @@ from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
 from tl_stream.tensors.wrapper import SparseTensor
 
-KNOWN_POSITIONS = 256
 _FORMAT = "tl_stream.SparseActivationCache/1"
 
 
@@ -44,9 +43,8 @@ class SparseActivationCache(ActivationCache):
     Attributes:
         config: The config of the run.
         fallbacks: How often an operation unknown to the sparse tensors was made dense so far, by its name.
-        lead: By how much the run's most likely next token is more probable than the second, at the last positions (at most
-            `KNOWN_POSITIONS`), in the order of the text; the audit's verdict on an answer goes by it. None: the run gave
-            no logits.
+        next_tokens: What the run says next at its last positions, and how sure it is of it; the audit's verdict on an answer
+            goes by it. None: the run gave no logits.
     """
 
     def __init__(
@@ -57,10 +55,10 @@ class SparseActivationCache(ActivationCache):
         *,
         config: StreamConfig,
         fallbacks: Counter[str] | None = None,
-        lead: Float[Tensor, "batch pos"] | None = None,
+        next_tokens: NextTokens | None = None,
     ) -> None:
         super().__init__(cache_dict, model, has_batch_dim)
-        self.lead = lead
+        self.next_tokens = next_tokens
         self.config = config
         self.fallbacks: Counter[str] = Counter() if fallbacks is None else fallbacks
 
@@ -71,11 +69,9 @@ class SparseActivationCache(ActivationCache):
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> SparseActivationCache:
         """As `ActivationCache.apply_slice_to_batch_dim`; patterns stay sparse."""
         part = super().apply_slice_to_batch_dim(batch_slice)
-        lead = self.lead
-        if lead is not None:
-            lead = lead[Slice.unwrap(batch_slice).apply(torch.arange(len(lead), device=lead.device)).reshape(-1)]
+        known = None if self.next_tokens is None else self.next_tokens.slice(Slice.unwrap(batch_slice))
         return SparseActivationCache(
-            part.cache_dict, self.model, part.has_batch_dim, config=self.config, fallbacks=self.fallbacks, lead=lead
+            part.cache_dict, self.model, part.has_batch_dim, config=self.config, fallbacks=self.fallbacks, next_tokens=known
         )
 
     @property
@@ -127,8 +123,17 @@ class SparseActivationCache(ActivationCache):
             raise KeyError(f"layer was {layer}; expected one whose pattern is in the cache: {sorted(self.patterns)}.")
         return exact_rows(self.patterns[layer], rows)
 
-    def audit(self, rows: int | Sequence[int] = 1, sample: int = 64, *, confidence: float = 0.95, seed: int = 0) -> Audit:
-        """What this run lost, and what of it not to trust; no dense run is needed.
+    def audit(
+        self,
+        rows: int | Sequence[int] = 1,
+        sample: int = 64,
+        *,
+        reread: Float[Tensor, "batch row"] | None = None,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> Audit:
+        """What this run lost, and what of it not to trust; no dense run is needed. `tl_stream.recheck` knows more, by one more
+        sparse run.
 
         The chosen rows' retained mass is exact; the mean over all rows is given as a confidence interval, from rows drawn
         without replacement, that holds whatever the distribution (`tl_stream.audit.interval`), and as an estimate
@@ -140,6 +145,8 @@ class SparseActivationCache(ActivationCache):
                 them (negative ones count from the end). The rows of an answer are those that generate it; 1 is the row of
                 the next token.
             sample: How many of the other rows to draw in each layer.
+            reread: What `tl_stream.recheck` found: the lead of this run's next tokens, at the last positions, where these
+                read everything.
             confidence: Of each interval, on its own.
             seed: Of the draw.
 
@@ -148,7 +155,8 @@ class SparseActivationCache(ActivationCache):
             IndexError: A row out of range.
             TypeError: A pattern was written to.
         """
-        return audit(self.patterns, rows, sample, lead=self.lead, confidence=confidence, seed=seed)
+        lead = None if self.next_tokens is None else self.next_tokens.lead
+        return audit(self.patterns, rows, sample, lead=lead, reread=reread, confidence=confidence, seed=seed)
 
     def memory(self) -> dict[str, int]:
         """Bytes that each activation keeps alive; memory that several share is counted at the first of them."""
@@ -174,7 +182,7 @@ class SparseActivationCache(ActivationCache):
             "activations": {name: packer.pack(tensor) for name, tensor in self.cache_dict.items()},
             "config": self.config.to_json(),
             "has_batch_dim": self.has_batch_dim,
-            "lead": None if self.lead is None else packer.pack(self.lead),
+            "next_tokens": None if self.next_tokens is None else [packer.pack(part) for part in self.next_tokens],
         }
         path = Path(path)
         part = path.with_name(path.name + ".part")
@@ -205,14 +213,14 @@ class SparseActivationCache(ActivationCache):
         config, fallbacks = StreamConfig.from_json(description["config"]), Counter[str]()
         unpacker = Unpacker(tensors, config, fallbacks)
         activations = {name: unpacker.unpack(entry) for name, entry in description["activations"].items()}
-        lead = description.get("lead")
+        known = description["next_tokens"]
         return cls(
             activations,
             model,
             description["has_batch_dim"],
             config=config,
             fallbacks=fallbacks,
-            lead=None if lead is None else unpacker.unpack(lead),
+            next_tokens=None if known is None else NextTokens(*map(unpacker.unpack, known)),
         )
 
     def __repr__(self) -> str:

@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tl_stream.cache import KNOWN_POSITIONS, SparseActivationCache
+from tl_stream.audit import NextTokens
+from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig, as_config
 from tl_stream.hosts import host_of, model_classes
 from tl_stream.hosts.overrides import entry_hook
@@ -115,18 +115,8 @@ def run_with_sparse_cache(
         has_batch_dim=not remove_batch_dim,
         config=trace.config,
         fallbacks=trace.fallbacks,
-        lead=_lead(output) if says_logits else None,
+        next_tokens=NextTokens.of(output) if says_logits else None,
     )
-
-
-@torch.no_grad()
-def _lead(output: Any) -> Tensor | None:
-    """See `SparseActivationCache.lead`."""
-    logits = output[0] if isinstance(output, tuple) else output
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] < 2:
-        return None
-    first, second = logits[:, -KNOWN_POSITIONS:].float().softmax(-1).topk(2, -1).values.unbind(-1)
-    return first - second
 
 
 def register() -> None:

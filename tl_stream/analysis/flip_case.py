@@ -13,6 +13,7 @@ from tl_stream.analysis.flip_result import Flip, FlipRun
 from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.runs import dense_config, greedy_tokens
+from tl_stream.recheck import recheck
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
 
@@ -62,21 +63,24 @@ class Case:
 
     def audited(self, inserted: Int[Tensor, " token"] | None, k: int | None) -> FlipRun:
         """One run, and what the audit says of its answer's rows; `k` None: nothing is pruned."""
-        n = len(self.answer)
+        n, text = len(self.answer), self.text(None if inserted is None else inserted[None])
         logits, cache = run_with_sparse_cache(
             self.model,
-            self.text(None if inserted is None else inserted[None]),
+            text,
             config=self.dense if k is None else replace(self.config, k=k),
             logits_to_keep=n,
             names_filter=is_pattern,
         )
         assert isinstance(cache, SparseActivationCache)
-        (rows,) = cache.audit(rows=n, sample=0).answers
+        (alone,) = cache.audit(rows=n, sample=0).answers
+        (rows,) = recheck(self.model, text, cache, rows=n, sample=0).answers
         assert rows.lead is not None
+        assert rows.reread is not None
         assert rows.doubt is not None
         worst = rows.doubt.index(max(rows.doubt))
+        lead = min(rows.lead[worst], rows.reread[worst])
         same = bool(self.margins(logits)[0] >= 0)
-        return FlipRun(k, same, cache.pruned, rows.retained[worst], rows.lead[worst], rows.trusted)
+        return FlipRun(k, same, cache.pruned, rows.retained[worst], lead, alone.trusted, rows.trusted)
 
     def examine(self, number: int, inserted: Int[Tensor, " token"], tried: int) -> Flip:
         """The table's runs."""

@@ -26,8 +26,10 @@ class FlipRun:
         pruned: Share of the token pairs dropped, over all layers and heads.
         retained: Retained mass, mean over layers and heads, of the answer's row that the audit doubts most: from this run
             alone, exact for its own queries and keys.
-        lead: By how much this run's next token is more probable than the second in that row.
-        trusted: Whether the audit finds no reason to doubt those rows.
+        lead: By how much this run's next token is more probable than any other in that row: there, or where the answer's rows
+            read everything, whichever is less.
+        trusted: Whether the audit of this run alone finds no reason to doubt the answer's rows.
+        rechecked: Whether `tl_stream.recheck`, which takes one more sparse run, finds none either.
     """
 
     k: int | None
@@ -36,6 +38,7 @@ class FlipRun:
     retained: float
     lead: float
     trusted: bool
+    rechecked: bool
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,13 @@ class Flips:
         """All runs that pruned: what an audit can be judged by."""
         return (run for flip in self.prompts for run in flip.runs.values() if run.k is not None)
 
-    @property
-    def flagged(self) -> float | None:
+    def flagged(self, recheck: bool = True) -> float | None:
         """Share of the sparse runs with another answer that the audit, which sees no dense one, doubts; None: no such run."""
-        return _share([not run.trusted for run in self.sparse_runs if not run.same])
+        return self._doubted(False, recheck)
 
-    @property
-    def false_alarms(self) -> float | None:
+    def false_alarms(self, recheck: bool = True) -> float | None:
         """Share of the sparse runs with the dense answer that it doubts, too; None: no such run."""
-        return _share([not run.trusted for run in self.sparse_runs if run.same])
+        return self._doubted(True, recheck)
 
     def same(self, run: str) -> float | None:
         """Share of the prompts with the dense answer in a run (one of `RUNS`); None: no such run."""
@@ -147,7 +148,7 @@ class Flips:
         made.add_scatter(x=[0, 1], y=[0, DOUBT_THRESHOLD], name="the audit's threshold", mode="lines")
         return made.update_layout(
             title=f"Flips by {self.method}: {self._found()}",
-            xaxis_title="lead of the next token in the answer's worst row",
+            xaxis_title="lead of the next token in the answer's worst row, the lesser of before and after a recheck",
             yaxis_title="lost mass in that row",
             template="plotly_white",
         )
@@ -156,9 +157,16 @@ class Flips:
         artefacts = sum(flip.is_artefact for flip in self.prompts)
         return f"{sum(flip.found for flip in self.prompts)} of {len(self.prompts)} flipped, {artefacts} by sparsity alone"
 
+    def _doubted(self, same: bool, recheck: bool) -> float | None:
+        return _share([not (run.rechecked if recheck else run.trusted) for run in self.sparse_runs if run.same == same])
+
     def _audited(self) -> str:
-        shares = ["-" if share is None else f"{share:.0%}" for share in (self.flagged, self.false_alarms)]
-        return f"The audit doubts {shares[0]} of the runs with another answer and {shares[1]} of those with the dense one."
+        found = [share(recheck) for recheck in (True, False) for share in (self.flagged, self.false_alarms)]
+        flagged, alarms, alone, alarms_alone = ("-" if share is None else f"{share:.0%}" for share in found)
+        return (
+            f"The audit, rechecked, doubts {flagged} of the runs with another answer and {alarms} of those with the dense one; "
+            f"of the run alone, {alone} and {alarms_alone}."
+        )
 
     def __repr__(self) -> str:
         return f"Flips({self._found()}. {self._audited()})"
@@ -172,7 +180,7 @@ def _said(run: FlipRun | None) -> str:
     if run is None:
         return "-"
     budget = "all" if run.k is None else f"k = {run.k}"
-    return f"{'same' if run.same else 'other'} ({budget}, {'trusted' if run.trusted else 'doubted'})"
+    return f"{'same' if run.same else 'other'} ({budget}, {'trusted' if run.rechecked else 'doubted'})"
 
 
 def _verdict(flip: Flip) -> str:

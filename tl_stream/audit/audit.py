@@ -3,8 +3,9 @@
 1. Chosen rows (the last ones, say) exactly, from q and k.                                            O(T d) a row and head
 2. Rows drawn without replacement from the others, exactly; an interval for the mean over all rows (`interval`). Rows that
    dropped nothing are known to keep everything, and aren't drawn.
-3. Every row, by means and variances of the dropped keys (`estimate`): an estimate, with its error in the rows of 1 and 2.
-4. A verdict on every head, and on the chosen rows (`verdict`).
+3. Every row, by a few of the keys that it dropped (`estimate`): an estimate, with its error in the rows of 1 and 2.
+4. A verdict on every head, and on the chosen rows (`verdict`). It may be told what those rows say when they read everything
+   (`tl_stream.recheck`, one more sparse run).
 
 All of that compares with the softmax of the sparse run's own q and k. In the first layer those are the dense model's; later
 ones already carry what earlier layers lost.
@@ -36,6 +37,7 @@ def audit(
     sample: int = 64,
     *,
     lead: Float[Tensor, "batch pos"] | None = None,
+    reread: Float[Tensor, "batch row"] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Audit:
@@ -53,7 +55,8 @@ def audit(
         layers = {layer: _Layer.of(pattern, text, rows) for layer, pattern in sorted(patterns.items())}
         for layer, part in layers.items():
             heads += part.heads(text, layer, sample, confidence, torch.Generator().manual_seed(seed))
-        answers.append(_rows_audit(text, layers, None if lead is None else lead[text]))
+        known = (None if each is None else each[text] for each in (lead, reread))
+        answers.append(_rows_audit(text, layers, *known))
     return Audit(heads=tuple(heads), answers=tuple(answers), sample=sample, confidence=confidence)
 
 
@@ -121,17 +124,26 @@ class _Layer(NamedTuple):
         return (self.chosen - self.softmax.shown.start).tolist()
 
 
-def _rows_audit(text: int, layers: dict[int, _Layer], lead: Float[Tensor, " pos"] | None) -> RowsAudit:
+def _rows_audit(
+    text: int, layers: dict[int, _Layer], lead: Float[Tensor, " pos"] | None, reread: Float[Tensor, " row"] | None
+) -> RowsAudit:
     """The chosen rows, over all layers and heads."""
     mass = torch.stack([part.exact.mean(0) for part in layers.values()]).mean(0)
     first = next(iter(layers.values()))
-    lead = None if lead is None else _at(lead, first.chosen, first.softmax.layout.mask.query_length)
-    known = None if lead is None else tuple(lead.tolist())
-    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), known, rows_reasons(mass, lead, first._numbers))
+    length = first.softmax.layout.mask.query_length
+    lead, reread = (_at(each, first.chosen, length) for each in (lead, reread))
+    reasons = rows_reasons(mass, lead, reread, first._numbers)
+    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), _floats(lead), _floats(reread), reasons)
 
 
-def _at(lead: Float[Tensor, " pos"], rows: Int[Tensor, " row"], length: int) -> Float[Tensor, " row"] | None:
+def _floats(x: Tensor | None) -> tuple[float, ...] | None:
+    return None if x is None else tuple(x.tolist())
+
+
+def _at(lead: Float[Tensor, " pos"] | None, rows: Int[Tensor, " row"], length: int) -> Float[Tensor, " row"] | None:
     """What is known of the last positions of a text of some length, at its rows; None where it isn't known of all."""
+    if lead is None:
+        return None
     index = rows - (length - len(lead))
     return None if bool((index < 0).any()) else lead.to(rows.device)[index]
 

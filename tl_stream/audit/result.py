@@ -27,7 +27,7 @@ class HeadAudit:
         retained: Retained mass of each chosen row, exact.
         mean_low: Lower end of the confidence interval for the mean over all rows.
         mean_high: Its upper end.
-        mean_estimated: That mean, estimated from means and variances of the dropped keys.
+        mean_estimated: That mean, estimated from a few of the dropped keys of every row.
         estimate_error: Mean absolute error of this estimate in the chosen and the drawn rows.
         reasons: Why not to trust what this head's pattern shows; empty: no reason found.
     """
@@ -58,6 +58,8 @@ class RowsAudit:
         retained: Retained mass of each row, mean over all cached layers and heads, exact.
         lead: By how much the run's own most likely next token is more probable than the second, in each row; None: it isn't
             known for all of them (the run gave no logits, or the rows are too far from the text's end).
+        reread: The lead of these same tokens where these rows read everything, in each row; negative: another token is more
+            probable there. None: not rechecked (`tl_stream.recheck` does it).
         reasons: Why not to trust what the model computes there; empty: no reason found.
     """
 
@@ -65,6 +67,7 @@ class RowsAudit:
     rows: tuple[int, ...]
     retained: tuple[float, ...]
     lead: tuple[float, ...] | None
+    reread: tuple[float, ...] | None
     reasons: tuple[str, ...]
 
     @property
@@ -75,10 +78,11 @@ class RowsAudit:
     @property
     def doubt(self) -> tuple[float, ...] | None:
         """Lost mass / lead of each row, what the verdict goes by where the lead is known: small where little is lost, and
-        where the model is sure enough for that not to matter."""
+        where the model is sure enough for that not to matter. The lead is the lesser one, if rows were reread."""
         if self.lead is None:
             return None
-        return tuple(lost_per_lead(torch.tensor(self.retained), torch.tensor(self.lead)).tolist())
+        reread = None if self.reread is None else torch.tensor(self.reread)
+        return tuple(lost_per_lead(torch.tensor(self.retained), torch.tensor(self.lead), reread).tolist())
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 # A head that keeps less than this shows less than half of what it reads.
 HEAD_THRESHOLD = 0.5
 # Of a row: its retained mass, mean over all layers and heads; where the run's logits are known, `lost_per_lead`. Chosen by
-# benchmarks/audit_roc.py on the bundled model: those that flag the most flipped answers and at most a tenth of the others. On
-# texts that didn't choose them, they flag 82 % and 94 % of the answers that the sparse run flipped, 9.2 % and 9.5 % of the
-# others (area under the ROC curve: 0.93 and 0.97). Another model may need others.
+# benchmarks/audit_roc.py on the bundled model (default, recency and random blocks): those that flag the most flipped answers
+# and at most a tenth of the others. What they do on texts that didn't choose them, with the paper's choice of blocks, too, and
+# rechecked: docs/measurements.md. Another model may need others.
 ROW_THRESHOLD = 0.585
 DOUBT_THRESHOLD = 0.43
 
@@ -35,18 +35,27 @@ def head_reasons(exact: Float[Tensor, " row"], rows: Sequence[int], mean_high: f
     return tuple(reasons)
 
 
-def lost_per_lead(mass: Float[Tensor, " row"], lead: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """Lost mass / lead: 0 where nothing is lost, however unsure the model is."""
+def lost_per_lead(
+    mass: Float[Tensor, " row"], lead: Float[Tensor, " row"], reread: Float[Tensor, " row"] | None = None
+) -> Float[Tensor, " row"]:
+    """Lost mass / the lesser lead: 0 where nothing is lost, however unsure the model is; infinite without any lead."""
     lost = (1 - mass).clamp(min=0)
-    return torch.where(lost > 0, lost / lead, lost)
+    least = lead if reread is None else torch.minimum(lead, reread)
+    return torch.where(lost > 0, lost / least.clamp(min=0), lost)
 
 
-def rows_reasons(mass: Float[Tensor, " row"], lead: Float[Tensor, " row"] | None, rows: Sequence[int]) -> tuple[str, ...]:
+def rows_reasons(
+    mass: Float[Tensor, " row"],
+    lead: Float[Tensor, " row"] | None,
+    reread: Float[Tensor, " row"] | None,
+    rows: Sequence[int],
+) -> tuple[str, ...]:
     """Why not to trust what the model computes in the chosen rows.
 
     Args:
         mass: Retained mass of each, mean over layers and heads.
         lead: By how much the most likely next token is more probable than the second, in each; None: not known.
+        reread: The same token's lead where these rows read everything; None: not known.
         rows: Their positions.
     """
     if not len(mass):
@@ -55,10 +64,20 @@ def rows_reasons(mass: Float[Tensor, " row"], lead: Float[Tensor, " row"] | None
         worst = int(mass.argmin())
         doubtful, why = float(mass[worst]) < ROW_THRESHOLD, f"below {ROW_THRESHOLD:.1%}"
     else:
-        doubt = lost_per_lead(mass, lead)
+        doubt = lost_per_lead(mass, lead, reread)
         worst = int(doubt.argmax())
-        doubtful = float(doubt[worst]) > DOUBT_THRESHOLD
-        why = f"and its next token leads by {float(lead[worst]):.1%}: more than {DOUBT_THRESHOLD:g} of that is lost"
+        doubtful, why = float(doubt[worst]) > DOUBT_THRESHOLD, _unsure(lead, reread, worst)
     if not doubtful:
         return ()
     return (f"row {rows[worst]} keeps {float(mass[worst]):.1%} over all heads, {why}; the dense model may answer otherwise",)
+
+
+def _unsure(lead: Float[Tensor, " row"], reread: Float[Tensor, " row"] | None, row: int) -> str:
+    if reread is not None and float(reread[row]) <= 0:
+        return "and its next token is another one when it reads everything"
+    by = (
+        f"{float(lead[row]):.1%}"
+        if reread is None
+        else f"{float(lead[row]):.1%}, or {float(reread[row]):.1%} when it reads everything"
+    )
+    return f"and its next token leads by {by}: more than {DOUBT_THRESHOLD:g} of that is lost"
