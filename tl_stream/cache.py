@@ -26,7 +26,7 @@ from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
 from tl_stream.tensors.wrapper import SparseTensor
 
-_FORMAT = "tl_stream.SparseActivationCache/1"
+_FORMAT = "tl_stream.SparseActivationCache/2"
 
 
 def is_pattern(name: str) -> bool:
