@@ -15,11 +15,13 @@ from typing import Any
 
 from case_anchors import anchors
 from case_flips import flips
+from case_needles import needles
 from case_patching import patching
 from case_routes import routes
 from rich.console import Console
 
 STUDIES: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "needles": needles,
     "routes": routes,
     "anchors": anchors,
     "flips": flips,
