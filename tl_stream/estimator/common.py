@@ -39,11 +39,15 @@ class Common(NamedTuple):
     def of(cls, problem: Problem, number: int) -> Common:
         """The `number` places and distances with the most attention, the first and the own block aside: a tree keeps these."""
         rows, n_blocks = _sampled_rows(problem), problem.keys.shape[2]
-        octaves = [_one_query_each(problem, rows, i) for i in range(0, len(rows), PER_OCTAVE)]
-        so_far = torch.cat([_by_place_and_distance(*octave, n_blocks) for octave in octaves], 2).cumsum(2)
-        before = pad(so_far, (0, 0, PER_OCTAVE, 0))[:, :, : len(rows)]
-        best = (so_far - before).topk(min(number, n_blocks)).indices
-        return cls(best % n_blocks, best >= n_blocks, torch.tensor(rows, device=best.device))
+        best, earlier = [], None
+        for first in range(0, len(rows), PER_OCTAVE):
+            masses = _by_place_and_distance(*_one_query_each(problem, rows, first), n_blocks)
+            so_far = masses.cumsum(2)
+            latest = so_far if earlier is None else so_far + earlier[:, :, -1:] - earlier[:, :, : masses.shape[2]]
+            best.append(latest.topk(min(number, n_blocks)).indices)
+            earlier = so_far
+        found = torch.cat(best, 2)
+        return cls(found % n_blocks, found >= n_blocks, torch.tensor(rows, device=found.device))
 
     def blocks(self, problem: Problem, query_pos: Int[Tensor, "q_block block_q"]) -> tuple[Tensor, Tensor]:
         """The key blocks for each query block, and which of them it can have: `[batch, head_index, q_block, block]`, twice."""
