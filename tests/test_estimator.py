@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_stream import BlockLayout, StreamConfig, estimate_layout
+from tl_stream.budget import Linear
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Alibi, Scale, Tanh
 
@@ -164,6 +165,27 @@ def test_causality_of_the_choice_between_blocks(length: int, cut: int) -> None:
     assert torch.equal(before[:, :, : cut // 8], after[:, :, : cut // 8])
     assert torch.equal(before[:, :, : cut // 8, : cut // 8], alone)
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("estimator", ["dual", "stream", "box", "hip"])
+@pytest.mark.parametrize(("block_q", "block_k", "k", "beam"), [(1, 4, 3, 1), (1, 8, 3, 1), (32, 32, 2, 6), (8, 8, 4, 2)])
+def test_strong_keys_in_the_future_change_no_choice(block_q: int, block_k: int, k: int, beam: int, estimator: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, keys = 2 * torch.randn(2, 4, 1024, 8, generator=generator), torch.randn(2, 2, 1024, 8, generator=generator)
+    config = StreamConfig(block_q=block_q, block_k=block_k, k=k, beam=beam, estimator=estimator)
+    cut = 800
+    before = estimate_layout(q, keys, config).to_dense()[:, :, :cut]
+    q[:, :, cut:], keys[:, :, cut:] = (20 * torch.randn(x[:, :, cut:].shape, generator=generator) for x in (q, keys))
+    assert torch.equal(before, estimate_layout(q, keys, config).to_dense()[:, :, :cut])
+
+
+def test_a_first_block_outside_the_window_is_not_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 4, 512, 16, generator=generator), torch.randn(1, 2, 512, 16, generator=generator)
+    mask = AttentionMask.causal(512, window=17)
+    config = replace(CONFIG, k=Linear(0.5), keep_sink=True)
+    kept, best = (retained(q, k, estimate_layout(q, k, replace(config, estimator=x), mask=mask)) for x in ("dual", "exact"))
+    torch.testing.assert_close(kept, best)
 
 
 @pytest.mark.parametrize("past", [0, 100])

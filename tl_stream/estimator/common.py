@@ -5,7 +5,8 @@ the distances that hold most of their attention are candidates for the queries a
 queries each look as if they read something else, is seen as what it is.
 
 Sampled are `PER_OCTAVE` queries between each position and its double, and a query block is given what the latest `PER_OCTAVE`
-of them read in all: nothing that comes after it counts. O(T d): each octave costs half of what the next one does.
+of them read in all: nothing that comes after it counts. O(T d) time, as each octave costs half of what the next one does;
+some `PER_OCTAVE` numbers a key block and head.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Common(NamedTuple):
         latest = torch.searchsorted(self.rows, query_pos[:, 0] // problem.block_q, right=True) - 1
         places, moving = self.places[:, :, latest], self.moving[:, :, latest]
         blocks = torch.where(moving, problem.diagonal - places, places)
-        return blocks.clamp(min=0), (blocks >= 0) & (blocks <= problem.diagonal)
+        return blocks.clamp(min=0), problem.readable(blocks, problem.block_k)
 
 
 def _sampled_rows(problem: Problem) -> list[int]:

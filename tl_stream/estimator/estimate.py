@@ -92,7 +92,8 @@ def _estimator(problem: Problem, config: StreamConfig, most: int) -> tuple[Estim
     match config.estimator_for(problem.mask.key_length):
         case "dual":
             levels, width = build_levels(problem), config.beam * most
-            options = width, Common.of(problem, most), config.leaf_queries, config.compile
+            common = Common.of(problem, most) if width < n_blocks else None
+            options = width, common, config.leaf_queries, config.compile
             return (lambda part, rows: dual_masses(part, levels, rows, *options)), min(2 * width, n_blocks)
         case "stream" | "hip" | "box" as name:
             levels, score = build_levels(problem), _TREES[name]

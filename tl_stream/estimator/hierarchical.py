@@ -28,6 +28,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tl_stream.estimator.candidates import Candidates
 from tl_stream.estimator.common import Common
@@ -54,7 +55,7 @@ def dual_masses(
     levels: list[Level],
     query_pos: Int[Tensor, "q_block block_q"],
     width: int,
-    common: Common,
+    common: Common | None,
     leaf_queries: int | None,
     compile: bool,
 ) -> Candidates:
@@ -65,14 +66,15 @@ def dual_masses(
         levels: The key pyramid.
         query_pos: Position of each query.
         width: Nodes kept a step (W above).
-        common: Key blocks that are candidates for all of the head's queries.
+        common: Key blocks that are candidates for all of the head's queries; None: none.
         leaf_queries: Queries of a block that score the leaves; None: all.
         compile: Run the refinement and the leaves' scores through `torch.compile`.
     """
     block, pairs = (Groups.of(problem, query_pos, size) for size in (problem.block_q, NEIGHBOURS))
     run = compiled(_refine) if compile else _refine
     leaves = run(problem, levels, (Criterion(by_mean, block), Criterion(by_box, pairs)), width, width)
-    leaves = _with_common(problem, query_pos, leaves, common)
+    if common is not None:
+        leaves = _with_common(problem, query_pos, leaves, common)
     masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), leaves.ids, leaves.used, compile=compile)
     return leaves.ids, masses.masked_fill(~leaves.used, -1.0)
 
@@ -122,19 +124,19 @@ def _children(problem: Problem, levels: list[Level], nodes: Nodes) -> Nodes:
 
 def _in_range(problem: Problem, nodes_of: Level, level: int, index: Tensor) -> Tensor:
     """Whether a node holds a key that some query of the block may read."""
-    size = problem.block_k << level
-    inside = (index * size < problem.last_key[:, None]) & ((index + 1) * size > problem.first_key[:, None])
-    return inside & (nodes_of.n_keys[problem.batch_index, index] > 0)
+    return problem.readable(index, problem.block_k << level) & (nodes_of.n_keys[problem.batch_index, index] > 0)
 
 
 def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...], nodes: Nodes, number: int) -> Nodes:
     """The best of the nodes: an equal part of them by each criterion, of those not yet taken. The two paths come first."""
     if nodes.ids.shape[-1] <= number:
         return nodes
-    on_path = (nodes.ids == problem.diagonal >> nodes.level) | (nodes.ids == problem.sink >> nodes.level)
+    # What the block's own ancestor holds of the future must not weigh in the others' shares.
+    own = nodes.ids == problem.diagonal >> nodes.level
+    on_path, others = own | (nodes.ids == problem.sink >> nodes.level), nodes._replace(used=nodes.used & ~own)
     chosen, fresh, taken = [], [], ~nodes.used
     for i, criterion in enumerate(criteria):
-        shares = criterion.shares(problem, levels[nodes.level], nodes).masked_fill(on_path, 2.0)
+        shares = criterion.shares(problem, levels[nodes.level], others).masked_fill(on_path, 2.0)
         part = (number + len(criteria) - 1 - i) // len(criteria)
         best = shares.masked_fill(taken, -1.0).topk(part, sorted=False).indices
         # Where fewer nodes are left than wanted, this repeats some that were taken: those must count once.
@@ -145,13 +147,12 @@ def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...]
 
 
 def _with_common(problem: Problem, query_pos: Tensor, leaves: Nodes, common: Common) -> Nodes:
-    """The leaves and what the head's queries have in common; a block that is there twice counts once."""
+    """The leaves and what the head's queries have in common, by position; a block that is there twice counts once."""
     blocks, possible = common.blocks(problem, query_pos)
     ids, used = torch.cat([leaves.ids, blocks], -1), torch.cat([leaves.used, possible], -1)
-    again = (blocks[..., None] == ids[..., None, :]) & used[..., None, :]
-    earlier = torch.ones_like(again[0, 0, 0]).tril(leaves.ids.shape[-1] - 1)
-    possible = possible & ~(again & earlier).any(-1)
-    return leaves._replace(ids=ids, used=torch.cat([leaves.used, possible], -1), every=False)
+    placed, order = ids.masked_fill(~used, problem.keys.shape[2]).sort(-1)
+    again = placed == pad(placed, (1, 0), value=-1)[..., :-1]
+    return Nodes(ids.gather(-1, order), used.gather(-1, order) & ~again, 0)
 
 
 def _some_queries(problem: Problem, query_pos: Tensor, number: int | None) -> tuple[Problem, Tensor]:

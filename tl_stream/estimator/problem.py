@@ -90,9 +90,11 @@ class Problem(NamedTuple):
     def readable_blocks(self) -> tuple[Int[Tensor, "batch head_index q_block kv_block"], Bool[Tensor, "q_block kv_block"]]:
         """All key blocks, and which of them hold a key that some query of the block may read (padding aside)."""
         blocks = torch.arange(self.keys.shape[2], device=self.keys.device)
-        first = blocks * self.block_k
-        readable = (first < self.last_key[:, None]) & (first + self.block_k > self.first_key[:, None])
-        return blocks.expand(*self.shape, -1), readable
+        return blocks.expand(*self.shape, -1), self.readable(blocks, self.block_k)
+
+    def readable(self, blocks: Tensor, size: int) -> Tensor:
+        """Whether blocks of so many keys hold one that some query of the query block may read, padding aside."""
+        return (blocks * size < self.last_key[:, None]) & ((blocks + 1) * size > self.first_key[:, None])
 
     def runs(self, entries: int) -> list[tuple[int, int]]:
         """Runs `start <= i < stop` of query blocks that need about `CHUNK_ENTRIES` numbers, at `entries` a block and head."""
