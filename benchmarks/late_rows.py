@@ -4,7 +4,7 @@
 
 Reasoning traces of 270 sentences (about 3,100 tokens), read by the bundled model; blocks of 8, `dual`. At the row that states
 each derived value: does the sparse model say what the dense model says? Constant k beside budgets that grow with the square
-root of the position or in proportion to it, with about as many blocks in the mean over the text. Intervals: Wilson, 95 %.
+root of the position or in proportion to it, with as many blocks over the text. Intervals: Wilson, 95 %.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import tl_stream
 from tl_stream import StreamConfig
-from tl_stream.budget import Budget, Linear, Sqrt
+from tl_stream.budget import Budget, Constant, Linear, Sqrt
 from tl_stream.cache import is_pattern
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.models.evaluate import wilson
@@ -32,12 +32,27 @@ from tl_stream.tasks import reasoning_trace
 
 SENTENCES, BLOCK = 270, 8
 FIRST_SEED = 300
-KS = (1, 2, 4)
+KS = (2, 4, 8)
 
 
 def budgets(k: int, n_blocks: int) -> dict[str, int | Budget]:
-    """Budgets of about k blocks in the mean over a text of so many key blocks."""
-    return {"constant": k, "sqrt": Sqrt(1.5 * k / math.sqrt(n_blocks)), "linear": Linear(2 * k / n_blocks)}
+    """Budgets of k blocks in the mean over a text of so many key blocks."""
+    return {"constant": k, "sqrt": matched(Sqrt, math.sqrt(n_blocks), k, n_blocks), "linear": matched(Linear, 1.0, k, n_blocks)}
+
+
+def matched(kind: type[Sqrt | Linear], high: float, k: int, n_blocks: int) -> Budget:
+    """The largest budget of a kind that keeps at most as many blocks as a constant k does; with `high` it keeps everything."""
+    wanted = total(Constant(k), n_blocks)
+    low = 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(kind(middle), n_blocks) <= wanted else (low, middle)
+    return kind(low)
+
+
+def total(budget: Budget, n_blocks: int) -> int:
+    """Blocks that are kept over all rows, one row a block."""
+    return sum(budget.blocks(n) for n in range(1, n_blocks + 1))
 
 
 def derived_values(model: Any, seed: int) -> tuple[Tensor, Tensor]:
