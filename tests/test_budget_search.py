@@ -273,13 +273,11 @@ def test_no_tensor_is_of_t_by_t_elements(model: Any, monkeypatch: pytest.MonkeyP
     [
         ({"over": "top_p", "config": replace(CONFIG, estimator="window")}, "config had estimator='window', which reckons no"),
         ({"over": "total", "config": replace(CONFIG, estimator="window")}, "config had estimator='window', which reckons no"),
-        ({"config": replace(CONFIG, forward="exact")}, "config had forward='exact', .* expected forward='sparse'"),
+        ({"config": replace(CONFIG, forward="exact")}, r"config had forward='exact', .* expected forward='sparse'"),
     ],
     ids=str,
 )
-def test_a_config_that_can_not_be_searched_is_refused_before_a_run(
-    model: Any, arguments: dict[str, Any], message: str
-) -> None:
+def test_a_config_that_can_not_be_searched_is_refused_before_a_run(model: Any, arguments: dict[str, Any], message: str) -> None:
     runs: list[Tensor] = []
     with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: runs.append(x))]), pytest.raises(ValueError, match=message):
         find_budget(model, needle(model, 80), progress=False, **arguments)
@@ -292,7 +290,7 @@ def test_a_layout_from_an_earlier_run_is_refused_before_a_run(model: Any) -> Non
     _, cache = model.run_with_sparse_cache(prompt, config=CONFIG)
     with (
         model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: runs.append(x))]),
-        pytest.raises(ValueError, match="config had layout_from=a SparseActivationCache, .* expected None"),
+        pytest.raises(ValueError, match=r"config had layout_from=a SparseActivationCache, .* expected None"),
     ):
         find_budget(model, prompt, config=replace(CONFIG, layout_from=cache), progress=False)
     assert not runs

@@ -87,9 +87,7 @@ class _Notes:
         self.kept.setdefault(hook.name, []).append(kept)
 
 
-def kept_in_last_row(
-    layout: BlockLayout | JoinedLayout, positions: Int[Tensor, " key"]
-) -> Bool[Tensor, "head_index key"]:
+def kept_in_last_row(layout: BlockLayout | JoinedLayout, positions: Int[Tensor, " key"]) -> Bool[Tensor, "head_index key"]:
     """Whether the last query block of the first text keeps the blocks of these keys."""
     if isinstance(layout, JoinedLayout):
         layout = layout.parts[-1]

@@ -69,7 +69,8 @@ def find_budget(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: No tokens, a `match` below 1 or beyond n_ctx, an empty range, an unknown `over`, or one for which the
-            estimator reckons no shares of attention; a `config` with `forward="exact"` or `layout_from`; a metric without a threshold, an unknown one or one that gives NaN.
+            estimator reckons no shares of attention; a `config` with `forward="exact"` or `layout_from`; a metric without a
+            threshold, an unknown one or one that gives NaN.
 
     Warns:
         UserWarning: A larger budget failed than the one found.
