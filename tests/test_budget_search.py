@@ -268,6 +268,34 @@ def test_no_tensor_is_of_t_by_t_elements(model: Any, monkeypatch: pytest.MonkeyP
     assert watch.numel < 2048 * 2048 / 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"over": "top_p", "config": replace(CONFIG, estimator="window")}, "config had estimator='window', which reckons no"),
+        ({"over": "total", "config": replace(CONFIG, estimator="window")}, "config had estimator='window', which reckons no"),
+        ({"config": replace(CONFIG, forward="exact")}, r"config had forward='exact', .* expected forward='sparse'"),
+    ],
+    ids=str,
+)
+def test_a_config_that_can_not_be_searched_is_refused_before_a_run(model: Any, arguments: dict[str, Any], message: str) -> None:
+    runs: list[Tensor] = []
+    with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: runs.append(x))]), pytest.raises(ValueError, match=message):
+        find_budget(model, needle(model, 80), progress=False, **arguments)
+    assert not runs
+
+
+@torch.no_grad()
+def test_a_layout_from_an_earlier_run_is_refused_before_a_run(model: Any) -> None:
+    prompt, runs = needle(model, 80), []
+    _, cache = model.run_with_sparse_cache(prompt, config=CONFIG)
+    with (
+        model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: runs.append(x))]),
+        pytest.raises(ValueError, match=r"config had layout_from=a SparseActivationCache, .* expected None"),
+    ):
+        find_budget(model, prompt, config=replace(CONFIG, layout_from=cache), progress=False)
+    assert not runs
+
+
 def nothing(sparse_logits: Tensor, dense_logits: Tensor) -> float:
     return float("nan")
 

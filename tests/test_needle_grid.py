@@ -111,6 +111,14 @@ def test_kept_keys_of_the_last_row() -> None:
     assert kept_in_last_row(full, torch.arange(70)).all()
 
 
+def test_a_last_row_that_reads_everything(model: Any) -> None:
+    dense = replace(CONFIG, k=2, dense_queries=1)
+    grid = needle_grid(model, [192], [0.5], {"sparse": 2, "dense row": dense}, config=CONFIG, progress=False)
+    retained = {cell.budget: cell.needle_retained for cell in grid.cells}
+    assert retained["dense row"] == 1.0
+    assert retained["sparse"] < 1.0
+
+
 def test_several_needles_are_scored_by_their_share(model: Any) -> None:
     grid = needle_grid(model, [300], [0.5], {"all": 10**6}, task=vt, config=CONFIG, progress=False)
     (cell,) = grid.cells

@@ -128,3 +128,32 @@ def test_bad_input() -> None:
     _, part = model.run_with_sparse_cache(text, config=CONFIG, names_filter="blocks.1.attn.hook_pattern")
     with pytest.raises(KeyError, match="layer was 0"):
         tl_stream.recheck(model, text, part)
+    for rows in ([60], True, 2.0):
+        with pytest.raises(TypeError, match=r"rows was .*; expected an int: how many of the last rows"):
+            tl_stream.recheck(model, text, cache, rows=rows)
+    with pytest.raises(ValueError, match="return_type was 'loss'; a recheck needs logits"):
+        tl_stream.recheck(model, text, cache, return_type="loss")
+
+
+@torch.no_grad()
+def test_padding_on_the_right_is_refused() -> None:
+    """The last rows are padding; what is known of them isn't of the rows that an audit chooses."""
+    model = build("standard", default_prepend_bos=False)
+    text, mask = tokens(48, batch=1), (torch.arange(48) < 40).long()[None]
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG, attention_mask=mask)
+    with pytest.raises(
+        ValueError, match=r"reread was of the last 3 positions, but the chosen rows of text 0 are \[37, 38, 39\]"
+    ):
+        tl_stream.recheck(model, text, cache, rows=3, sample=0, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_leads_of_other_rows_or_texts_are_refused() -> None:
+    model, text = build(), tokens(LENGTH)
+    _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    with pytest.raises(ValueError, match="reread was of the last 2 positions, but the chosen rows of text 0 are"):
+        cache.audit(3, 0, reread=torch.zeros(len(text), 2))
+    with pytest.raises(ValueError, match=r"reread was of shape \(3, 3\); expected \[2, row\]"):
+        cache.audit(3, 0, reread=torch.zeros(3, 3))
+    result = cache.audit(1, 0, reread=torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+    assert [answer.reread for answer in result.answers] == [pytest.approx((0.2,)), pytest.approx((0.4,))]

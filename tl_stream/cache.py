@@ -151,7 +151,7 @@ class SparseActivationCache(ActivationCache):
             seed: Of the draw.
 
         Raises:
-            ValueError: No pattern is in the cache, or an argument is out of range.
+            ValueError: No pattern is in the cache, an argument is out of range, or `reread` isn't of the chosen rows.
             IndexError: A row out of range.
             TypeError: A pattern was written to.
         """

@@ -40,17 +40,19 @@ def recheck(
         sample: As for `SparseActivationCache.audit`.
         confidence: Likewise.
         seed: Likewise.
-        **kwargs: What else the model was given (`attention_mask`, ...).
+        **kwargs: What else the model was given (`attention_mask`, ...), but no `return_type`.
 
     Returns:
         The audit; its `answers` have `reread`, and their verdict goes by it.
 
     Raises:
         ValueError: The run knows no next tokens of these rows, or read everything anyway (`forward="exact"`), or its patterns
-            are those of another length; or as `SparseActivationCache.audit`.
+            are those of another length; `text` isn't of the run's batch size, or is padded on the right; a `return_type`; or
+            as `SparseActivationCache.audit`.
         KeyError: A layer's pattern isn't in the cache.
-        TypeError: A pattern was written to.
+        TypeError: `rows` isn't an int, or a pattern was written to.
     """
+    _check_arguments(rows, kwargs)
     known = cache.next_tokens
     if known is None or not 1 <= rows <= known.token.shape[1]:
         n = 0 if known is None else known.token.shape[1]
@@ -67,3 +69,10 @@ def recheck(
         output = model(text, **kwargs)
     logits = output if isinstance(output, torch.Tensor) else output.logits
     return cache.audit(rows, sample, reread=known.reread(logits), confidence=confidence, seed=seed)
+
+
+def _check_arguments(rows: Any, kwargs: dict[str, Any]) -> None:
+    if isinstance(rows, bool) or not isinstance(rows, int):
+        raise TypeError(f"rows was {rows!r}; expected an int: how many of the last rows make the answer.")
+    if "return_type" in kwargs:
+        raise ValueError(f"return_type was {kwargs['return_type']!r}; a recheck needs logits. Leave it out.")

@@ -15,6 +15,7 @@ from tl_stream.fidelity.pairs import PromptPairs
 from tl_stream.fidelity.runs import greedy_tokens
 from tl_stream.layout import BlockLayout
 from tl_stream.tasks import Task
+from tl_stream.tensors.joined_layout import JoinedLayout
 from tl_stream.tracing import sparse
 
 
@@ -86,8 +87,10 @@ class _Notes:
         self.kept.setdefault(hook.name, []).append(kept)
 
 
-def kept_in_last_row(layout: BlockLayout, positions: Int[Tensor, " key"]) -> Bool[Tensor, "head_index key"]:
+def kept_in_last_row(layout: BlockLayout | JoinedLayout, positions: Int[Tensor, " key"]) -> Bool[Tensor, "head_index key"]:
     """Whether the last query block of the first text keeps the blocks of these keys."""
+    if isinstance(layout, JoinedLayout):
+        layout = layout.parts[-1]
     indices, used = layout.rows(layout.n_q_blocks - 1)
     same = indices[0, :, 0, :, None] == positions // layout.block_k
     return (same & used[0, :, 0, :, None]).any(1)

@@ -37,26 +37,31 @@ def audit(
     sample: int = 64,
     *,
     lead: Float[Tensor, "batch pos"] | None = None,
-    reread: Float[Tensor, "batch row"] | None = None,
+    reread: Float[Tensor, "text row"] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Audit:
     """See `SparseActivationCache.audit`, which hands its patterns (by layer) over.
 
     Raises:
-        ValueError: No patterns, or an argument out of range.
+        ValueError: No patterns, an argument out of range, or a `reread` of other texts or rows than the chosen ones.
         IndexError: A row out of range.
         TypeError: A pattern was written to.
     """
     _check(patterns, rows, sample)
+    batch = next(iter(patterns.values())).block_layout.batch
+    if reread is not None and len(reread) != batch:
+        raise ValueError(
+            f"reread was of shape {tuple(reread.shape)}; expected [{batch}, row], a row of numbers for each text of the cache."
+        )
     heads: list[HeadAudit] = []
     answers: list[RowsAudit] = []
-    for text in range(next(iter(patterns.values())).block_layout.batch):
+    for text in range(batch):
         layers = {layer: _Layer.of(pattern, text, rows) for layer, pattern in sorted(patterns.items())}
-        for layer, part in layers.items():
-            heads += part.heads(text, layer, sample, confidence, torch.Generator().manual_seed(seed))
         known = (None if each is None else each[text] for each in (lead, reread))
         answers.append(_rows_audit(text, layers, *known))
+        for layer, part in layers.items():
+            heads += part.heads(text, layer, sample, confidence, torch.Generator().manual_seed(seed))
     return Audit(heads=tuple(heads), answers=tuple(answers), sample=sample, confidence=confidence)
 
 
@@ -92,7 +97,7 @@ class _Layer(NamedTuple):
         pruned = self.others[self.softmax.prunes()[0, self.others]]
         drawn = pruned[torch.randperm(len(pruned), generator=generator)[:sample].to(pruned.device)]
         draws = self.softmax.retained(drawn)[0]
-        low, high = self._mean_bounds(*mean_interval(draws, len(pruned), confidence), len(pruned))
+        low, high = self._mean_bounds(*mean_interval(draws.cpu(), len(pruned), confidence), len(pruned))
         estimate = estimated_mass(self.softmax, self.lse)[0]
         known = torch.cat([self.chosen, drawn])
         error = (estimate[:, known] - torch.cat([self.exact, draws], -1)).abs().mean(-1)
@@ -114,7 +119,7 @@ class _Layer(NamedTuple):
 
     def _mean_bounds(self, low: Tensor, high: Tensor, n_pruned: int) -> tuple[Tensor, Tensor]:
         """Bounds for the mean over all rows: the chosen ones are known, and those that dropped nothing keep everything."""
-        known = self.exact.sum(-1) + (len(self.others) - n_pruned)
+        known = self.exact.sum(-1).cpu() + (len(self.others) - n_pruned)
         total = len(self.others) + len(self.chosen)
         return tuple((known + bound * n_pruned) / total for bound in (low, high))  # type: ignore[return-value]
 
@@ -131,9 +136,14 @@ def _rows_audit(
     mass = torch.stack([part.exact.mean(0) for part in layers.values()]).mean(0)
     first = next(iter(layers.values()))
     length = first.softmax.layout.mask.query_length
-    lead, reread = (_at(each, first.chosen, length) for each in (lead, reread))
-    reasons = rows_reasons(mass, lead, reread, first._numbers)
-    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), _floats(lead), _floats(reread), reasons)
+    lead, again = (_at(each, first.chosen, length) for each in (lead, reread))
+    if reread is not None and again is None:
+        raise ValueError(
+            f"reread was of the last {len(reread)} positions, but the chosen rows of text {text} are {first._numbers} of "
+            f"{length}; expected these among them. Rows of padding count: pad on the left."
+        )
+    reasons = rows_reasons(mass, lead, again, first._numbers)
+    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), _floats(lead), _floats(again), reasons)
 
 
 def _floats(x: Tensor | None) -> tuple[float, ...] | None:

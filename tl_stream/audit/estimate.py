@@ -45,15 +45,15 @@ def estimated_mass(
     if layout.is_full:
         return torch.ones_like(lse)
     spans = _Spans.of(layout)
-    drawn, beside = spans.drawn(seed), spans.beside()
-    wide = (drawn.shape[1] + beside.shape[1]) * max(layout.block_q, layout.n_slots, rows.products.k.shape[-1])
+    key_pos = torch.cat([spans.drawn(seed), spans.beside()], 1)
+    wide = key_pos.shape[1] * max(layout.block_q, layout.n_slots, rows.products.k.shape[-1])
     step = max(1, _CHUNK_ENTRIES // (layout.batch * layout.n_heads * wide))
     parts = []
     for start in range(0, layout.n_q_blocks, step):
         stop = min(start + step, layout.n_q_blocks)
-        scores, dropped = _scores(rows, torch.cat([drawn, beside], 1)[start:stop], start, stop)
-        n_drawn = dropped[..., : drawn.shape[1]].sum(-1).clamp(min=1)
-        scores[..., : drawn.shape[1]] += (spans.n_dropped(layout, start, stop) / n_drawn).log()[..., None, None]
+        scores, dropped = _scores(rows, key_pos[start:stop], start, stop)
+        n_drawn = dropped[..., :SAMPLES].sum(-1).clamp(min=1)
+        scores[..., :SAMPLES] += (spans.n_dropped(layout, start, stop) / n_drawn).log()[..., None, None]
         parts.append(scores.logsumexp(-1).flatten(2, 3))
     mass = (lse - torch.cat(parts, 2)[:, :, : layout.mask.query_length]).sigmoid().nan_to_num(1.0)
     mass[:, :, rows.dense_from :] = 1.0
@@ -84,12 +84,12 @@ class _Spans(NamedTuple):
 
     def drawn(self, seed: int) -> Int[Tensor, "q_block sample"]:
         """Key positions of each inner span: one at random of each of `SAMPLES` equal stretches; or all of them, and then -1."""
-        first, last = (x[:, None] * self.block_k for x in (self.inner_start, self.inner_stop))
-        generator, stretch = torch.Generator().manual_seed(seed), torch.arange(SAMPLES, device=first.device)
-        within = torch.rand(len(first), SAMPLES, generator=generator, dtype=torch.float64).to(first.device)
+        first, last = (x[:, None].cpu() * self.block_k for x in (self.inner_start, self.inner_stop))  # float64 isn't on MPS
+        generator, stretch = torch.Generator().manual_seed(seed), torch.arange(SAMPLES)
+        within = torch.rand(len(first), SAMPLES, generator=generator, dtype=torch.float64)
         place = ((stretch + within) * (last - first) / SAMPLES).long()
         key_pos = first + torch.where(last - first > SAMPLES, place, stretch)
-        return key_pos.masked_fill(key_pos >= last, -1)
+        return key_pos.masked_fill(key_pos >= last, -1).to(self.inner_start.device)
 
     def beside(self) -> Int[Tensor, "q_block key"]:
         """Key positions of the rest of each outer span; -1 fills up."""

@@ -42,10 +42,10 @@ class NextTokens(NamedTuple):
     def reread(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch pos"]:
         """By how much the same tokens are more probable than any other in other logits of the last positions.
 
-        Negative where these say something else.
+        Negative where these say something else. On the logits' device; a loaded cache's tokens are on the CPU.
         """
         n = min(logits.shape[1], self.token.shape[1])
-        return lead(logits[:, -n:], self.token[:, -n:])
+        return lead(logits[:, -n:], self.token[:, -n:].to(logits.device))
 
 
 def lead(logits: Float[Tensor, "batch pos d_vocab"], token: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:

@@ -52,7 +52,8 @@ def find_budget(
         metric: Instead: `"kl"`, `"logit_difference"` or a function of the sparse and the dense model's logits at the last
             position, `[batch, 1, d_vocab]`; smaller is better.
         threshold: The largest value of the metric that will do.
-        config: Everything but the budget; None: the defaults. Steps of generation are sparse as it says.
+        config: Everything but the budget; None: the defaults. Steps of generation are sparse as it says. Neither
+            `forward="exact"` nor `layout_from`, with which all budgets compute the same.
         over: What the budget is a number of. `"k"`: key blocks kept for each query block and head. `"total"`: key blocks over
             all heads of a query block, distributed over layers and heads by the attention that they hold in the dense run (see
             `distribute`; `config.dense_layers` get none). `"top_p"`: per cent of each row's attention, as `TopP` reckons it.
@@ -68,12 +69,14 @@ def find_budget(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: No tokens, a `match` below 1 or beyond n_ctx, an empty range, an unknown `over`, or one for which the
-            estimator reckons no shares of attention; a metric without a threshold, an unknown one or one that gives NaN.
+            estimator reckons no shares of attention; a `config` with `forward="exact"` or `layout_from`; a metric without a
+            threshold, an unknown one or one that gives NaN.
 
     Warns:
         UserWarning: A larger budget failed than the one found.
     """
     config = as_config(config)
+    _check_config(config)
     prompt = as_prompt(model, tokens)
     _check_match(match, prompt, model.cfg.n_ctx)
     steps = 0 if metric is not None else match - 1
@@ -142,6 +145,18 @@ def _criterion(
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
     function = METRICS[metric] if isinstance(metric, str) else metric
     return SmallMetric(model, prompt, function, name, threshold, dense)
+
+
+def _check_config(config: StreamConfig) -> None:
+    if config.forward == "exact":
+        raise ValueError(
+            "config had forward='exact', with which every budget is the dense model; expected forward='sparse'. Leave it out."
+        )
+    if config.layout_from is not None:
+        raise ValueError(
+            f"config had layout_from=a {type(config.layout_from).__name__}, with which every budget runs on the same blocks; "
+            "expected None. Leave it out."
+        )
 
 
 def _check_match(match: Any, prompt: Tensor, n_ctx: int) -> None:
