@@ -128,9 +128,10 @@ def test_bad_input() -> None:
     _, part = model.run_with_sparse_cache(text, config=CONFIG, names_filter="blocks.1.attn.hook_pattern")
     with pytest.raises(KeyError, match="layer was 0"):
         tl_stream.recheck(model, text, part)
-    for rows in ([60], True, 2.0):
+    wrong: Any
+    for wrong in ([60], True, 2.0):
         with pytest.raises(TypeError, match=r"rows was .*; expected an int: how many of the last rows"):
-            tl_stream.recheck(model, text, cache, rows=rows)
+            tl_stream.recheck(model, text, cache, rows=wrong)
     with pytest.raises(ValueError, match="return_type was 'loss'; a recheck needs logits"):
         tl_stream.recheck(model, text, cache, return_type="loss")
 
