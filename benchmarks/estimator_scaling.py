@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -24,13 +22,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from scaling import exponent, resident
+from scaling import exponent, resident, timed
 from tqdm import tqdm
 
 from tl_stream import BlockLayout, StreamConfig, estimate_layout
 
 CONFIG = StreamConfig(block_q=64, block_k=64, k=16, estimator="dual")
 LENGTHS = {"dual": [8192, 16384, 32768, 65536, 131072], "exact": [8192, 16384, 32768]}
+REPEATS = 3
 FIGURES = ("seconds", "peak_bytes")
 
 
@@ -64,14 +63,8 @@ def measure(estimator: str, length: int) -> dict[str, Any]:
     estimate_layout(*queries_and_keys(512), config)
     before = resident("VmRSS")
     q, k = queries_and_keys(length)
-    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the highest resident set anew
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        estimate_layout(q, k, config)
-        seconds.append(time.perf_counter() - start)
-    peak = resident("VmHWM") - before - q.nbytes - k.nbytes
-    return {"method": estimator, "tokens": length, "seconds": statistics.median(seconds), "peak_bytes": peak}
+    seconds, peak, _ = timed(lambda: estimate_layout(q, k, config), REPEATS)
+    return {"method": estimator, "tokens": length, "seconds": seconds, "peak_bytes": peak - before - q.nbytes - k.nbytes}
 
 
 def in_own_process(estimator: str, length: int) -> dict[str, Any]:

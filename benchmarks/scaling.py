@@ -124,20 +124,26 @@ def measure(method: str, length: int, repeats: int) -> dict[str, Any]:
     tokens = torch.randint(0, 1000, (1, length), generator=generator)
     model(tokens[:, :1])
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the highest resident set anew
-    seconds, cache_bytes = [], 0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        cache_bytes = run(model, tokens)
-        seconds.append(time.perf_counter() - start)
+    seconds, peak, cache_bytes = timed(lambda: run(model, tokens), repeats)
     return {
         "method": method,
         "tokens": length,
-        "seconds": statistics.median(seconds),
-        "peak_bytes": resident("VmHWM") - before,
+        "seconds": seconds,
+        "peak_bytes": peak - before,
         "cache_bytes": cache_bytes,
         "repeats": repeats,
     }
+
+
+def timed(run: Callable[[], Any], repeats: int) -> tuple[float, int, Any]:
+    """Median seconds of some runs, the highest resident set meanwhile in bytes, and what the last of them gave. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the highest resident set anew
+    seconds, result = [], None
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), resident("VmHWM"), result
 
 
 def resident(field: str) -> int:
