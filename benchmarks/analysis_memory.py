@@ -31,7 +31,7 @@ from torch import Tensor
 
 import tl_stream
 from tl_stream import StreamConfig, analysis
-from tl_stream.cache import SparseActivationCache
+from tl_stream.cache import SparseActivationCache, is_pattern
 
 CONFIG = StreamConfig(block_q=32, block_k=32, k=16)
 NEW_TOKENS = 16  # left of the length for what is inserted, generated or answered
@@ -57,11 +57,6 @@ class Text:
     def sentences(self) -> tuple[Any, ...]:
         """The text's sentences."""
         return analysis.sentences(self.task.prompt, self.model)
-
-
-def is_pattern(name: str) -> bool:
-    """Whether a hook point is some layer's pattern."""
-    return name.endswith("hook_pattern")
 
 
 def finite(values: Iterable[float | None]) -> bool:

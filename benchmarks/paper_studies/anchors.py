@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from case_anchors import is_pattern, receiver_row, spearman
+from case_anchors import receiver_row, spearman
 from tqdm import tqdm
 
 import tl_stream
@@ -28,6 +28,7 @@ from tl_stream import StreamConfig
 from tl_stream.analysis import PAPER, AnchorSettings, VerticalScores, receiver_heads, suppression, vertical_scores
 from tl_stream.analysis.suppression import MAX_LOGITS
 from tl_stream.budget import Sqrt
+from tl_stream.cache import is_pattern
 from tl_stream.fidelity.runs import dense_config
 
 OURS = StreamConfig(block_q=1, block_k=1, k=Sqrt(1.0))

@@ -26,6 +26,7 @@ from paper_studies.configs import Candidate, budget_of, ours, paper
 from paper_studies.loading import check_context, tokens_of
 from tl_stream import StreamConfig
 from tl_stream.analysis import cut_edges, flow_names, needle_grid, needle_routes, random_edges
+from tl_stream.cache import is_pattern
 from tl_stream.models.evaluate import wilson
 from tl_stream.tasks import NeedleTask, in_chat, niah_single_2
 
@@ -167,7 +168,3 @@ def routed(model: Any, name: str, config: StreamConfig, task: NeedleTask) -> dic
         "first route": str(routes.routes[0]) if routes.routes else "none",
         "exact for": routes.exact_for,
     }
-
-
-def is_pattern(name: str) -> bool:
-    return name.endswith("hook_pattern")
