@@ -180,6 +180,14 @@ def as_config(config: Any, name: str = "config") -> StreamConfig:
     return config
 
 
+def check_shares(config: StreamConfig, use: str) -> None:
+    """Raise ValueError where the estimator reckons no shares of attention for some use."""
+    if config.estimator in WITHOUT_SHARES:
+        raise ValueError(
+            f"config had estimator={config.estimator!r}, which reckons no shares of attention {use}; expected another one."
+        )
+
+
 def _check_int(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} was {value!r} of type {type(value).__name__}; expected an int >= {minimum}.")

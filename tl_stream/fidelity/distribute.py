@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_stream.budget import PerHead
-from tl_stream.config import WITHOUT_SHARES, StreamConfig, as_config
+from tl_stream.cache import is_pattern
+from tl_stream.config import StreamConfig, as_config, check_shares
 from tl_stream.estimator import Problem, block_shares
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.hosts import host_of
@@ -74,11 +75,7 @@ class HeadShares:
     """
 
     def __init__(self, model: Any, config: StreamConfig, at_most: int) -> None:
-        if config.estimator in WITHOUT_SHARES:
-            raise ValueError(
-                f"config had estimator={config.estimator!r}, which reckons no shares of attention to distribute a total by; "
-                "expected another one."
-            )
+        check_shares(config, "to distribute a total by")
         self.config, self.at_most = config, at_most
         self.least = max(1, config.keep_local + config.keep_sink)
         self.layers = host_of(model).attention_layers(model).keys() - config.dense_layer_indices(model.cfg.n_layers)
@@ -92,7 +89,7 @@ class HeadShares:
 
     def measured(self, model: Any) -> AbstractContextManager[Any]:
         """Within this context the model's next full run over the text is measured, layer by layer."""
-        return model.hooks(fwd_hooks=[(lambda name: name.endswith("hook_pattern"), self._note)])
+        return model.hooks(fwd_hooks=[(is_pattern, self._note)])
 
     def budget(self, total: int) -> PerHead:
         """So many blocks over all heads, where they hold the most attention."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_stream.budget import TopP
-from tl_stream.config import WITHOUT_SHARES, StreamConfig
+from tl_stream.config import StreamConfig, check_shares
 from tl_stream.fidelity.distribute import HeadShares
 
 Choose = Callable[[int], StreamConfig]
@@ -51,11 +51,7 @@ class Searched:
                 low, high = shares.least * shares.n_heads, n_blocks * shares.n_heads
                 return cls("total", low, high, lambda total: replace(config, k=shares.budget(total)), True, shares)
             case "top_p":
-                if config.estimator in WITHOUT_SHARES:
-                    raise ValueError(
-                        f"config had estimator={config.estimator!r}, which reckons no shares of attention to search over; "
-                        "expected another one."
-                    )
+                check_shares(config, "to search over")
                 return cls("top_p", 1, 100, lambda p: replace(config, k=TopP(p / 100, at_most=n_blocks)), bounded=True)
             case str():
                 raise ValueError(f"over was {over!r}; expected one of {', '.join(map(repr, OVER))}, or a function.")
