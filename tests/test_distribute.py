@@ -73,12 +73,12 @@ def test_totals_that_no_head_can_have(blocks: float) -> None:
 
 
 def test_dense_layers_get_nothing_of_a_total(model: Any) -> None:
-    config = StreamConfig(block_q=8, block_k=8, dense_layers=(1,), keep_local=True, keep_sink=True)
+    config = StreamConfig(block_q=8, block_k=8, dense_layers=(1,))
     budget = tl_stream.distribute(model, tokens(), 3, config=config, at_most=6)
     numbers = [budget.of_head(layer, head).blocks(99) for layer, head in product((0, 2), range(4))]
     assert len(budget.budgets) == len(numbers)
     assert sum(numbers) == 3 * 8
-    assert min(numbers) >= 2
+    assert min(numbers) >= 1
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,6 @@ def test_dense_layers_get_nothing_of_a_total(model: Any) -> None:
     [
         (StreamConfig(estimator="random", seed=0), "estimator='random', which reckons no shares"),
         (StreamConfig(dense_layers=(0, 1, 2)), r"dense_layers=\(0, 1, 2\), all 3 layers"),
-        (StreamConfig(keep_local=True, keep_sink=True), "blocks was 1, with at_most=64; expected 2 <= blocks"),
     ],
     ids=str,
 )

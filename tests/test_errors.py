@@ -42,7 +42,6 @@ pytestmark = NEEDS_HOOKED
         ({"dense_layers": -1}, ValueError, "dense_layers was -1"),
         ({"dense_layers": (0, -1)}, ValueError, "dense_layers was -1"),
         ({"dense_layers": "all"}, TypeError, "dense_layers was 'all' of type str"),
-        ({"k": 1, "keep_sink": True, "keep_local": True}, ValueError, "k was 1 with both keep_local and keep_sink"),
         ({"keep_sink": 1}, TypeError, "keep_sink was 1; expected True or False"),
     ],
     ids=str,

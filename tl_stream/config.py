@@ -23,23 +23,22 @@ class StreamConfig:
     Args:
         block_q: Queries that share one choice of key blocks, in tokens.
         block_k: Keys that are kept or dropped together, in tokens.
-        k: Key blocks kept for each query block and head, all of them counted (own and first block too): a number, or a
-            `tl_stream.budget`: `Sqrt`, `Linear` (both by position), `TopP` (by row), `PerHead`. A `k` that covers every
-            block is full attention.
-        estimator: How the blocks are chosen. `"auto"`: `"exact"` up to `exact_below` keys, `"dual"` beyond.
-            `"exact"`: the true best ones, O(T^2) time in O(T) memory. `"dual"`: tree refinement by two scores, then exact
-            scores of the leaves and of what a few queries of the head read, O(T log T). `"stream"`: the paper's refinement,
-            nodes scored by the mean of their keys; `"hip"`: by their centre key (arXiv:2406.09827); `"box"`: by the greatest
-            score possible within their bounds (Quest, arXiv:2406.10774). `"window"`: the first block and the most recent ones
-            (arXiv:2309.17453). `"random"`. Or a function `f(problem, query_pos) -> blocks, masses` (see
-            `tl_stream.estimator.Problem`).
-        exact_below: Number of keys up to which `"auto"` is exact.
+        k: Key blocks chosen for each query block and head: a number, or a `tl_stream.budget`: `Sqrt`, `Linear` (both by
+            position), `TopP` (by row), `PerHead`. A `k` that covers every block is full attention. The key blocks in which the
+            queries stand themselves are kept, too, where they are not among those: every query reads something.
+        estimator: How the blocks are chosen. `"auto"`: `"exact"` for query blocks that may read up to `exact_below` keys,
+            `"dual"` for the others. `"exact"`: the true best ones, O(T^2) time in O(T) memory. `"dual"`: tree refinement by
+            two scores, then exact scores of the leaves and of what a few queries of the head read, O(T log T). `"stream"`: the
+            paper's refinement, nodes scored by the mean of their keys; `"hip"`: by their centre key (arXiv:2406.09827);
+            `"box"`: by the greatest score possible within their bounds (Quest, arXiv:2406.10774). `"window"`: the first block
+            and the most recent ones (arXiv:2309.17453). `"random"`. Or a function `f(problem, query_pos) -> blocks, masses`
+            (see `tl_stream.estimator.Problem`).
+        exact_below: Number of readable keys up to which `"auto"` is exact.
         beam: Tree nodes that `"dual"` keeps a step, in multiples of `k`; so many key blocks, and `k` more that the head's
             queries have in common, are scored exactly.
         leaf_queries: How many queries of a block decide, by their exact scores, which of the remaining candidate blocks are
             kept (evenly spaced, the last one among them); None: all. Fewer are faster, and may miss what a single query reads.
-        keep_local: Keep every query block's own key block, whatever its score.
-        keep_sink: Keep the first key block, whatever its score.
+        keep_sink: Choose the first key block in any case; it counts as one of the `k`.
         dense_layers: Layers left dense: the first n (an int), or the given layer indices (a tuple).
         dense_queries: The last so many query rows of each forward pass read everything that the mask allows, in every layer, in
             O(dense_queries T) time and memory: then what decides the next token is exact, given the rest. The other rows are
@@ -70,7 +69,6 @@ class StreamConfig:
     exact_below: int = 4096
     beam: int = 6
     leaf_queries: int | None = None
-    keep_local: bool = False
     keep_sink: bool = False
     dense_layers: int | tuple[int, ...] = 0
     dense_queries: int = 0
@@ -92,7 +90,7 @@ class StreamConfig:
             _check_int("leaf_queries", self.leaf_queries, minimum=1)
         if self.seed is not None:
             _check_int("seed", self.seed, minimum=0)
-        for name in ("keep_local", "keep_sink", "compile"):
+        for name in ("keep_sink", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} was {getattr(self, name)!r}; expected True or False.")
         if not callable(self.estimator):
@@ -117,20 +115,12 @@ class StreamConfig:
                 f"k was {self.k!r} with estimator={self.estimator!r}, which reckons no shares of attention; expected a "
                 "number of blocks, or a budget by position."
             )
-        if isinstance(self.k, int) and self.keep_local + self.keep_sink > self.k:
-            raise ValueError(f"k was {self.k} with both keep_local and keep_sink; expected at least 2, a block for each.")
         self._check_dense_layers()
 
     @property
     def budget(self) -> Budget:
         """`k` as a budget."""
         return as_budget(self.k)
-
-    def estimator_for(self, n_keys: int) -> str | Callable[..., Any]:
-        """The estimator for so many keys: `"auto"` decided."""
-        if self.estimator == "auto":
-            return "exact" if n_keys <= self.exact_below else "dual"
-        return self.estimator
 
     def to_json(self) -> dict[str, Any]:
         """All fields as numbers, strings, lists and dicts; an own estimator and `layout_from` are left out."""
@@ -140,10 +130,14 @@ class StreamConfig:
 
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> StreamConfig:
-        """The config that `to_json` described."""
+        """The config that `to_json` described.
+
+        Settings that no longer exist are left out: what they did is in the stored layouts.
+        """
         layers = settings["dense_layers"]
         dense_layers = layers if isinstance(layers, int) else tuple(layers)
-        return cls(**{**settings, "k": budget.from_json(settings["k"]), "dense_layers": dense_layers})
+        known = {each.name: settings[each.name] for each in fields(cls) if each.name in settings}
+        return cls(**{**known, "k": budget.from_json(settings["k"]), "dense_layers": dense_layers})
 
     def dense_layer_indices(self, n_layers: int) -> frozenset[int]:
         """The layers left dense in a model of `n_layers` layers.

@@ -230,9 +230,7 @@ class BlockLayout:
 
     def select(self, texts: Int[Tensor, " batch"], heads: Int[Tensor, " head_index"]) -> BlockLayout:
         """The layout of some batch elements and heads."""
-        valid = self.mask.key_valid
-        mask = self.mask if valid is None else replace(self.mask, key_valid=valid[texts])
-        part = self._with_indices(lambda indices: indices[texts][:, heads], mask)
+        part = self._with_indices(lambda indices: indices[texts][:, heads], self.mask.of_texts(texts))
         return replace(part, batch=len(texts), n_heads=len(heads))
 
     def first_rows(self, n: int) -> BlockLayout:

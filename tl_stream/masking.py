@@ -6,7 +6,7 @@ sliding-window, chunked and KV-cached attention in memory linear in the number o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,13 +23,16 @@ class AttentionMask:
         start: First key of each query, `[query_pos]`, int32; None: the first key of all.
         stop: One past the last key of each query, `[query_pos]`, int32.
         key_length: Number of keys.
-        key_valid: False where a key is padding, `[batch, key_pos]`; None where there is no padding.
+        key_valid: False where a key is padding that no query may read, `[batch, key_pos]`; None where there is none.
+        real: False where a token is padding, whether or not the model lets it be read, `[batch, key_pos]`: it weighs in no
+            choice and in no average. None: as `key_valid`.
     """
 
     start: Int[Tensor, " query_pos"] | None
     stop: Int[Tensor, " query_pos"]
     key_length: int
     key_valid: Bool[Tensor, "batch key_pos"] | None = None
+    real: Bool[Tensor, "batch key_pos"] | None = None
 
     @classmethod
     def causal(
@@ -77,8 +80,8 @@ class AttentionMask:
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same mask on another device."""
         start = None if self.start is None else self.start.to(device)
-        valid = None if self.key_valid is None else self.key_valid.to(device)
-        return AttentionMask(start, self.stop.to(device), self.key_length, valid)
+        valid, real = (None if x is None else x.to(device) for x in (self.key_valid, self.real))
+        return AttentionMask(start, self.stop.to(device), self.key_length, valid, real)
 
     def intersect(self, other: AttentionMask) -> AttentionMask:
         """The pairs that both masks allow.
@@ -91,20 +94,39 @@ class AttentionMask:
             raise ValueError(f"other was a mask of {sizes[1]} queries and keys; expected {sizes[0]}, as this one has.")
         starts = [x for x in (self.start, other.start) if x is not None]
         start = torch.maximum(*starts) if len(starts) == 2 else next(iter(starts), None)
-        both = AttentionMask(start, torch.minimum(self.stop, other.stop), self.key_length, self.key_valid)
-        return both if other.key_valid is None else both.with_padding(other.key_valid)
+        stop = torch.minimum(self.stop, other.stop)
+        valid, real = (_both(getattr(self, name), getattr(other, name)) for name in ("key_valid", "real"))
+        return AttentionMask(start, stop, self.key_length, valid, real)
 
     def part(self, rows: range, keys: range) -> AttentionMask:
         """The mask of some queries and keys (ranges of step 1), counted from the first of each."""
         start = None if self.start is None else (self.start[rows.start : rows.stop] - keys.start).clamp(0, len(keys))
         stop = (self.stop[rows.start : rows.stop] - keys.start).clamp(0, len(keys))
-        valid = None if self.key_valid is None else self.key_valid[:, keys.start : keys.stop]
-        return AttentionMask(start, stop, len(keys), valid)
+        valid, real = (None if x is None else x[:, keys.start : keys.stop] for x in (self.key_valid, self.real))
+        return AttentionMask(start, stop, len(keys), valid, real)
 
     def with_padding(self, key_valid: Bool[Tensor, "batch key_pos"]) -> AttentionMask:
         """The same mask, less the keys that `key_valid` calls padding."""
-        valid = key_valid if self.key_valid is None else self.key_valid & key_valid
-        return AttentionMask(self.start, self.stop, self.key_length, valid)
+        return replace(self, key_valid=_both(self.key_valid, key_valid))
+
+    def of_texts(self, texts: Int[Tensor, " batch"]) -> AttentionMask:
+        """The mask of some texts of the batch."""
+        valid, real = (None if x is None else x[texts] for x in (self.key_valid, self.real))
+        return replace(self, key_valid=valid, real=real)
+
+    @property
+    def tokens(self) -> Bool[Tensor, "batch key_pos"] | None:
+        """False where a token is padding; None where there is none."""
+        return self.key_valid if self.real is None else _both(self.key_valid, self.real)
+
+    @property
+    def own(self) -> Int[Tensor, " query_pos"]:
+        """Each query's own position among the keys: the last that it may read."""
+        return (self.stop - 1).clamp(min=0).long()
+
+    def queries(self) -> Bool[Tensor, "batch query_pos"] | None:
+        """False where a query is padding; None where there is none."""
+        return None if self.tokens is None else self.tokens[:, self.own]
 
     def bounds(self, query_pos: Int[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"] | None, Int[Tensor, "*shape"]]:
         """First key and one past the last key of each query; a query past the end may read nothing."""
@@ -151,3 +173,8 @@ class AttentionMask:
 def within(placed: Int[Tensor, ...], start: Int[Tensor, ...] | None, stop: Int[Tensor, ...]) -> Bool[Tensor, ...]:
     """`start <= placed < stop`, on what `AttentionMask.place` and `AttentionMask.bounds` give."""
     return placed < stop if start is None else (placed < stop) & (placed >= start)
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Where both are True; None is True everywhere."""
+    return one if other is None else other if one is None else one & other

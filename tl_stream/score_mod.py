@@ -103,3 +103,23 @@ class FromRow:
 
     def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         return self.mod(score, batch, head, query_pos + self.first, key_pos)
+
+
+@dataclass(frozen=True, eq=False)
+class OfPart:
+    """Another mod, for scores of one text, of which only the queries and keys from some positions on are left.
+
+    Args:
+        mod: The mod, which knows all texts, queries and keys.
+        text: The text.
+        first_query: Position that the first query left had.
+        first_key: Likewise, of the first key.
+    """
+
+    mod: ScoreMod
+    text: int
+    first_query: int
+    first_key: int
+
+    def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+        return self.mod(score, batch + self.text, head, query_pos + self.first_query, key_pos + self.first_key)

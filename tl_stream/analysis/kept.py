@@ -85,8 +85,8 @@ class KeptEntries:
 
     def real_tokens(self) -> Bool[Tensor, " pos"]:
         """False where a token is padding."""
-        valid = self.layout.mask.key_valid
-        return torch.ones(self.length, dtype=torch.bool, device=self.layout.device) if valid is None else valid[self.text]
+        real = self.layout.mask.tokens
+        return torch.ones(self.length, dtype=torch.bool, device=self.layout.device) if real is None else real[self.text]
 
     def runs(self, blocks: Int[Tensor, " q_block"] | None = None) -> Iterator[KeptRows]:
         """The entries of some query blocks (None: of all), in runs of about `CHUNK_ENTRIES` entries. O(T) memory a run."""

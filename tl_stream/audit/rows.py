@@ -110,8 +110,8 @@ class SoftmaxRows:
         mask, device = self.layout.mask, self.layout.device
         rows, texts = torch.arange(n_queries, device=device), torch.arange(batch, device=device)[:, None]
         reads = mask.counts(texts, rows, torch.zeros_like(rows), torch.full_like(rows, n_keys)) > 0
-        own = rows + (n_keys - n_queries)
-        return reads.expand(batch, -1) if mask.key_valid is None else reads & mask.key_valid[:, own]
+        real = mask.queries()
+        return reads.expand(batch, -1) if real is None else reads & real
 
     def prunes(self) -> Bool[Tensor, "batch query_pos"]:
         """Whether some head may have dropped a key that the row may read; False is certain."""

@@ -50,12 +50,19 @@ class Common(NamedTuple):
         found = torch.cat(best, 2)
         return cls(found % n_blocks, found >= n_blocks, torch.tensor(rows, device=found.device))
 
-    def blocks(self, problem: Problem, query_pos: Int[Tensor, "q_block block_q"]) -> tuple[Tensor, Tensor]:
-        """The key blocks for each query block, and which of them it can have: `[batch, head_index, q_block, block]`, twice."""
+    def blocks(
+        self, problem: Problem, query_pos: Int[Tensor, "q_block block_q"], number: Int[Tensor, "head_index q_block"]
+    ) -> tuple[Tensor, Tensor]:
+        """The best `number` key blocks for each query block, and which of them it can have.
+
+        Returns:
+            `[batch, head_index, q_block, block]`, twice.
+        """
         latest = torch.searchsorted(self.rows, query_pos[:, 0] // problem.block_q, right=True) - 1
         places, moving = self.places[:, :, latest], self.moving[:, :, latest]
         blocks = torch.where(moving, problem.diagonal - places, places)
-        return blocks.clamp(min=0), problem.readable(blocks, problem.block_k)
+        wanted = torch.arange(blocks.shape[-1], device=blocks.device) < number[..., None]
+        return blocks.clamp(min=0), wanted & problem.readable(blocks, problem.block_k)
 
 
 def _sampled_rows(problem: Problem) -> list[int]:
@@ -68,15 +75,20 @@ def _sampled_rows(problem: Problem) -> list[int]:
 def _one_query_each(problem: Problem, rows: list[int], first: int) -> tuple[Problem, Int[Tensor, "sample 1"]]:
     """One query of each of an octave's query blocks, at changing places within them, as blocks of their own; its position."""
     chosen = torch.tensor(rows[first : first + PER_OCTAVE], device=problem.queries.device)
-    place = torch.arange(first, first + len(chosen), device=chosen.device) % problem.block_q
-    query_pos = (chosen * problem.block_q + place).clamp(max=problem.mask.query_length - 1)
+    real, block_q = problem.real[chosen], problem.block_q
+    place = torch.arange(first, first + len(chosen), device=chosen.device) % block_q
+    last = block_q - 1 - real.flip(-1).int().argmax(-1)
+    place = torch.minimum(torch.maximum(place, real.int().argmax(-1)), last)  # padding asks nothing
+    query_pos = chosen * block_q + place
     earlier = problem.mask.key_length - problem.mask.query_length
-    until = earlier + (rows[first + len(chosen) - 1] + 1) * problem.block_q  # no key after them is looked at
+    until = earlier + (rows[first + len(chosen) - 1] + 1) * block_q  # no key after them is looked at
     part = problem._replace(
         queries=problem.queries.flatten(2, 3)[:, :, query_pos, None],
         keys=problem.keys[:, :, : -(-until // problem.block_k)],
+        real=real.gather(1, place[:, None]),
         first_key=problem.first_key[chosen],
-        last_key=problem.last_key[chosen].clamp(max=until),
+        last_key=problem.last_key[chosen],
+        first_own=problem.first_own[chosen],
     )
     return part, query_pos[:, None]
 

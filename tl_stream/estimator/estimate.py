@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_stream.budget import Budget
 from tl_stream.config import StreamConfig
-from tl_stream.estimator.candidates import Estimator
+from tl_stream.estimator.candidates import Candidates, Estimator
 from tl_stream.estimator.common import Common
 from tl_stream.estimator.exact import exact_masses
 from tl_stream.estimator.hierarchical import build_levels, dual_masses, tree_masses
@@ -17,6 +20,7 @@ from tl_stream.estimator.keep import Limits, keep_most
 from tl_stream.estimator.nodes import by_box, by_centre, by_mean
 from tl_stream.estimator.problem import Problem
 from tl_stream.estimator.static import random_masses, window_masses
+from tl_stream.estimator.texts import cut_padding, put_back
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import ScoreMod
@@ -56,58 +60,92 @@ def estimate_layout(
     mask = AttentionMask.causal(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
     _check_shapes(q, k, mask)
     block_q, block_k = min(config.block_q, q.shape[2]), min(config.block_k, k.shape[2])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    budgets = [config.budget.of_head(layer, head) for head in range(q.shape[1])]
     full = BlockLayout.full(mask, block_q, block_k, q.shape[0], q.shape[1])
-    problem = Problem.of(q, k, mask, block_q, block_k, q.shape[-1] ** -0.5 if scale is None else scale, score_mods)
-    limits = Limits(problem, [config.budget.of_head(layer, head) for head in range(q.shape[1])])
-    if limits.all:
+    if all(each.blocks(full.n_kv_blocks) == full.n_kv_blocks and each.share is None for each in budgets):
         return full
-    chunks = [keep_most(*run, limits, config) for run in block_shares(problem, config, limits.most)]
-    indices, number = (torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
-    if config.budget.needs_shares:  # then most rows may have fewer blocks than allowed
+    parts = [
+        (part, *_kept(part.problem, config, budgets)) for part in cut_padding(q, k, mask, block_q, block_k, scale, score_mods)
+    ]
+    indices, number = parts[0][1:] if mask.tokens is None else put_back(parts, full)
+    if config.budget.needs_shares or mask.tokens is not None:  # then most rows may have fewer blocks than allowed
         indices = indices[..., : max(int(number.max()), 1)]
-    return BlockLayout(indices, number, mask, block_q, block_k, q.shape[0], q.shape[1])
+    return replace(full, kv_indices=indices, kv_num_blocks=number)
 
 
-def block_shares(problem: Problem, config: StreamConfig, most: int) -> Iterator[tuple[Problem, slice, Tensor, Tensor]]:
+def _kept(problem: Problem, config: StreamConfig, budgets: list[Budget]) -> tuple[Tensor, Tensor]:
+    """Kept blocks `[batch, head_index, q_block, slot]`, and how many of them count."""
+    limits = Limits(problem, budgets)
+    chunks = [keep_most(*run, limits, config) for run in block_shares(problem, config, limits)]
+    indices, number = (torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
+    return indices, number
+
+
+def block_shares(problem: Problem, config: StreamConfig, limits: Limits) -> Iterator[tuple[Problem, slice, Tensor, Tensor]]:
     """Candidate key blocks and the share of attention that the configured estimator reckons each to hold, run by run.
 
     Args:
         problem: All queries and keys.
         config: The estimator.
-        most: How many blocks a row are wanted, at most.
+        limits: How many blocks are wanted.
 
     Yields:
         The problem for a run of query blocks, which ones these are, candidates, and shares; negative where one doesn't count.
     """
-    estimate, candidates = _estimator(problem, config, most)
     positions = torch.arange(problem.shape[2] * problem.block_q, device=problem.keys.device).view(-1, problem.block_q)
-    for start, stop in problem.runs(candidates * 3 * problem.keys.shape[-1]):
-        part = problem.slice(start, stop)
-        yield part, slice(start, stop), *_checked(part, *estimate(part, positions[start:stop]))
+    for name, first, last in _by_estimator(problem, config):
+        estimate, candidates = _estimator(problem, name, config, limits)
+        for start, stop in problem.runs(candidates * 3 * problem.keys.shape[-1], first, last):
+            part, rows = problem.slice(start, stop), slice(start, stop)
+            yield part, rows, *_checked(part, *estimate(part, rows, positions[rows]))
 
 
-def _estimator(problem: Problem, config: StreamConfig, most: int) -> tuple[Estimator, int]:
+def _by_estimator(problem: Problem, config: StreamConfig) -> Iterator[tuple[str | Estimator, int, int]]:
+    """Runs `first <= i < last` of query blocks with one estimator: `"auto"` decides by how many keys a block may read."""
+    n_blocks = problem.shape[2]
+    if config.estimator != "auto":
+        yield config.estimator, 0, n_blocks
+        return
+    few = (problem.last_key - problem.first_key <= config.exact_below).tolist()
+    first = 0
+    for is_few, blocks in itertools.groupby(few):
+        last = first + len(list(blocks))
+        yield "exact" if is_few else "dual", first, last
+        first = last
+
+
+def _estimator(
+    problem: Problem, name: str | Estimator, config: StreamConfig, limits: Limits
+) -> tuple[Callable[[Problem, slice, Tensor], Candidates], int]:
     """The estimator as a function of some query blocks, and how many candidates a row it scores at most."""
-    n_blocks = problem.keys.shape[2]
-    match config.estimator_for(problem.mask.key_length):
+    n_blocks, most = problem.keys.shape[2], limits.most
+    match name:
         case "dual":
             levels, width = build_levels(problem), config.beam * most
             common = Common.of(problem, most) if width < n_blocks else None
-            options = width, common, config.leaf_queries, config.compile
-            return (lambda part, rows: dual_masses(part, levels, rows, *options)), min(2 * width, n_blocks)
-        case "stream" | "hip" | "box" as name:
+
+            def dual(part: Problem, rows: slice, query_pos: Tensor) -> Candidates:
+                beam = limits.beam(rows, config.beam)
+                wanted = None if common is None else common.blocks(part, query_pos, limits.blocks[:, rows])
+                return dual_masses(part, levels, query_pos, beam, wanted, config.leaf_queries, config.compile)
+
+            return dual, min(2 * width, n_blocks)
+        case "stream" | "hip" | "box":
             levels, score = build_levels(problem), _TREES[name]
-            return (lambda part, rows: tree_masses(part, levels, rows, most, score, config.compile)), min(2 * most, n_blocks)
+            return (
+                lambda part, rows, query_pos: tree_masses(part, levels, query_pos, limits.beam(rows, 1), score, config.compile)
+            ), min(2 * most, n_blocks)
         case "exact":
-            return exact_masses, n_blocks
+            return (lambda part, rows, query_pos: exact_masses(part, query_pos)), n_blocks
         case "window":
-            return (lambda part, rows: window_masses(part, most)), most
+            return (lambda part, rows, query_pos: window_masses(part, most)), most
         case "random":
             generator = torch.Generator().manual_seed(config.seed or 0)
-            return (lambda part, rows: random_masses(part, generator)), n_blocks
+            return (lambda part, rows, query_pos: random_masses(part, generator)), n_blocks
         case own:
             assert callable(own)
-            return own, n_blocks
+            return (lambda part, rows, query_pos: own(part, query_pos)), n_blocks
 
 
 def _checked(problem: Problem, blocks: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:

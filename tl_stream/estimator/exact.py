@@ -10,6 +10,7 @@ from tl_stream.estimator.problem import Problem, block_masses
 
 
 def exact_masses(problem: Problem, query_pos: Int[Tensor, "q_block block_q"]) -> Candidates:
-    """Every key block and its share of the query block's attention; negative where the mask leaves nothing of it."""
+    """Every readable key block and its share of attention; negative where the mask leaves a query block nothing of it."""
+    problem = problem.with_readable_keys()
     blocks, used = problem.readable_blocks()
     return blocks, block_masses(problem, query_pos, None, used).masked_fill(~used, -1.0)

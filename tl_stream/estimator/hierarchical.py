@@ -5,10 +5,10 @@ After Stream (Rosser et al. 2025, section 3) and HiP (arXiv:2406.09827):
 1. Cut the keys after the rotary embedding into blocks (leaves); per leaf the mean and the elementwise least and
    greatest key; a binary pyramid of those.                                                            O(T d)
 2. A query block is represented by its mean query.                                                     O(T d)
-3. Beam of W nodes, starting at the finest level with at most 2 W of them. Each step drops the nodes that lie wholly outside
-   what the mask allows, keeps the W best, and takes their children. The ancestors of the block's own leaf and of
-   the first leaf are always kept: the one's statistics contain future keys, the other is the attention sink.
-                                                                                              O(T / b_q * W d log T)
+3. Beam of W nodes (as many as the query block's position allows it), starting at the finest level with at most 2 W of them.
+   Each step drops the nodes that lie wholly outside what the mask allows, keeps the W best, and takes their children. The
+   ancestors of the block's own leaf and of the first leaf are always kept: the one's statistics contain future keys, the
+   other is the attention sink.                                                               O(T / b_q * W d log T)
 
 `tree_masses` is that, with W = k and one score a node: what was published. `dual_masses` keeps far more of the attention at the
 same budget, by these changes:
@@ -24,6 +24,7 @@ same budget, by these changes:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -31,13 +32,36 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_stream.estimator.candidates import Candidates
-from tl_stream.estimator.common import Common
 from tl_stream.estimator.compiled import compiled
 from tl_stream.estimator.nodes import Criterion, Groups, Nodes, by_box, by_mean
 from tl_stream.estimator.problem import Problem, block_masses
 from tl_stream.estimator.pyramid import Level, build_pyramid
 
 NEIGHBOURS = 2  # queries that are taken together
+
+
+class Beam(NamedTuple):
+    """How many nodes are kept a step.
+
+    Attributes:
+        number: By each query block, `[head_index, q_block, 1]`.
+        least: The least of these in any text, at any position.
+        most: The most of them.
+        start: Level from which on no query block can have more than twice as many nodes before it.
+    """
+
+    number: Int[Tensor, "head_index q_block 1"]
+    least: int
+    most: int
+    start: int
+
+    def times(self, factor: int) -> Beam:
+        """A multiple of it, for the leaves."""
+        return self._replace(number=factor * self.number, least=factor * self.least, most=factor * self.most)
+
+    def part(self, i: int, n: int) -> tuple[int, Int[Tensor, "head_index q_block 1"]]:
+        """The i-th of n equal parts: its most, and that of each query block. Earlier ones are rounded up."""
+        return (self.most + n - 1 - i) // n, (self.number + n - 1 - i) // n
 
 
 def build_levels(problem: Problem) -> list[Level]:
@@ -54,8 +78,8 @@ def dual_masses(
     problem: Problem,
     levels: list[Level],
     query_pos: Int[Tensor, "q_block block_q"],
-    width: int,
-    common: Common | None,
+    beam: Beam,
+    common: tuple[Tensor, Tensor] | None,
     leaf_queries: int | None,
     compile: bool,
 ) -> Candidates:
@@ -65,16 +89,16 @@ def dual_masses(
         problem: Some query blocks, all keys.
         levels: The key pyramid.
         query_pos: Position of each query.
-        width: Nodes kept a step (W above).
-        common: Key blocks that are candidates for all of the head's queries; None: none.
+        beam: Nodes kept a step (W above).
+        common: What `Common.blocks` gives for these query blocks: candidates, too; None: none.
         leaf_queries: Queries of a block that score the leaves; None: all.
         compile: Run the refinement and the leaves' scores through `torch.compile`.
     """
     block, pairs = (Groups.of(problem, query_pos, size) for size in (problem.block_q, NEIGHBOURS))
     run = compiled(_refine) if compile else _refine
-    leaves = run(problem, levels, (Criterion(by_mean, block), Criterion(by_box, pairs)), width, width)
+    leaves = run(problem, levels, (Criterion(by_mean, block), Criterion(by_box, pairs)), beam, beam)
     if common is not None:
-        leaves = _with_common(problem, query_pos, leaves, common)
+        leaves = _with_common(problem, leaves, *common)
     masses = block_masses(*_some_queries(problem, query_pos, leaf_queries), leaves.ids, leaves.used, compile=compile)
     return leaves.ids, masses.masked_fill(~leaves.used, -1.0)
 
@@ -83,34 +107,34 @@ def tree_masses(
     problem: Problem,
     levels: list[Level],
     query_pos: Int[Tensor, "q_block block_q"],
-    width: int,
+    beam: Beam,
     score: Callable[[Problem, Level, Groups, Nodes], Tensor],
     compile: bool,
 ) -> Candidates:
     """Candidate key blocks and their shares of attention, were each key's score its leaf's; negative as above.
 
     Args:
-        problem, levels, query_pos, width, compile: As `dual_masses` takes them.
+        problem, levels, query_pos, beam, compile: As `dual_masses` takes them.
         score: How nodes are scored (`Criterion`).
     """
     criterion = Criterion(score, Groups.of(problem, query_pos, problem.block_q))
     run = compiled(_refine) if compile else _refine
-    leaves = run(problem, levels, (criterion,), width, 2 * width)
+    leaves = run(problem, levels, (criterion,), beam, beam.times(2))
     return leaves.ids, criterion.shares(problem, levels[0], leaves).masked_fill(~leaves.used, -1.0)
 
 
-def _refine(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...], width: int, leaves: int) -> Nodes:
-    """The best leaves, at most so many, with at most `width` nodes on the way."""
-    nodes = _start(problem, levels, width)
+def _refine(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...], beam: Beam, leaves: Beam) -> Nodes:
+    """The best leaves, at most so many, with at most the beam's nodes on the way."""
+    nodes = _start(problem, levels, beam)
     while nodes.level > 0:
-        nodes = _children(problem, levels, _best(problem, levels, criteria, nodes, width))
+        nodes = _children(problem, levels, _best(problem, levels, criteria, nodes, beam))
     nodes = _best(problem, levels, criteria, nodes, leaves)
     return nodes._replace(ids=nodes.ids.clamp(max=problem.keys.shape[2] - 1))
 
 
-def _start(problem: Problem, levels: list[Level], width: int) -> Nodes:
-    """All nodes of the finest level that has at most 2 W of them."""
-    level = next(i for i, nodes in enumerate(levels) if nodes.n_keys.shape[1] <= 2 * width)
+def _start(problem: Problem, levels: list[Level], beam: Beam) -> Nodes:
+    """All nodes of the finest level of which every query block may keep half of those before it."""
+    level = min(beam.start, len(levels) - 1)
     index = torch.arange(levels[level].n_keys.shape[1], device=problem.keys.device).expand(*problem.shape, -1)
     return Nodes(index, _in_range(problem, levels[level], level, index), level, every=True)
 
@@ -127,9 +151,9 @@ def _in_range(problem: Problem, nodes_of: Level, level: int, index: Tensor) -> T
     return problem.readable(index, problem.block_k << level) & (nodes_of.n_keys[problem.batch_index, index] > 0)
 
 
-def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...], nodes: Nodes, number: int) -> Nodes:
+def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...], nodes: Nodes, beam: Beam) -> Nodes:
     """The best of the nodes: an equal part of them by each criterion, of those not yet taken. The two paths come first."""
-    if nodes.ids.shape[-1] <= number:
+    if nodes.ids.shape[-1] <= beam.least:
         return nodes
     # What the block's own ancestor holds of the future must not weigh in the others' shares.
     own = nodes.ids == problem.diagonal >> nodes.level
@@ -137,18 +161,18 @@ def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...]
     chosen, fresh, taken = [], [], ~nodes.used
     for i, criterion in enumerate(criteria):
         shares = criterion.shares(problem, levels[nodes.level], others).masked_fill(on_path, 2.0)
-        part = (number + len(criteria) - 1 - i) // len(criteria)
-        best = shares.masked_fill(taken, -1.0).topk(part, sorted=False).indices
+        most, number = beam.part(i, len(criteria))
+        best = shares.masked_fill(taken, -1.0).topk(min(most, shares.shape[-1])).indices
+        within = torch.arange(best.shape[-1], device=best.device) < number
         # Where fewer nodes are left than wanted, this repeats some that were taken: those must count once.
-        fresh.append(~taken.gather(-1, best))
+        fresh.append(~taken.gather(-1, best) & within)
         chosen.append(best)
-        taken = taken.scatter(-1, best, True)
+        taken = taken.scatter(-1, best, taken.gather(-1, best) | within)
     return nodes.take(torch.cat(chosen, -1), torch.cat(fresh, -1))
 
 
-def _with_common(problem: Problem, query_pos: Tensor, leaves: Nodes, common: Common) -> Nodes:
+def _with_common(problem: Problem, leaves: Nodes, blocks: Tensor, possible: Tensor) -> Nodes:
     """The leaves and what the head's queries have in common, by position; a block that is there twice counts once."""
-    blocks, possible = common.blocks(problem, query_pos)
     ids, used = torch.cat([leaves.ids, blocks], -1), torch.cat([leaves.used, possible], -1)
     placed, order = ids.masked_fill(~used, problem.keys.shape[2]).sort(-1)
     again = placed == pad(placed, (1, 0), value=-1)[..., :-1]
@@ -159,8 +183,10 @@ def _some_queries(problem: Problem, query_pos: Tensor, number: int | None) -> tu
     """The problem for `number` evenly spaced queries of each block, the last real one among them; and their positions."""
     if number is None or number >= problem.block_q:
         return problem, query_pos
-    real = (query_pos < problem.mask.query_length).sum(-1)
+    real_first = torch.sort(~problem.real, dim=-1, stable=True).indices
     steps = torch.arange(1, number + 1, device=query_pos.device)
-    chosen = ((steps * real[:, None]) // number - 1).clamp(min=0)
+    rank = ((steps * problem.real.sum(-1, True)) // number - 1).clamp(min=0)
+    chosen = real_first.gather(1, rank)
     index = chosen[:, :, None].expand(*problem.shape, -1, problem.queries.shape[-1])
-    return problem._replace(queries=problem.queries.gather(3, index)), query_pos.gather(1, chosen)
+    part = problem._replace(queries=problem.queries.gather(3, index), real=problem.real.gather(1, chosen))
+    return part, query_pos.gather(1, chosen)

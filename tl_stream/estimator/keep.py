@@ -7,9 +7,11 @@ import math
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tl_stream.budget import Budget
 from tl_stream.config import StreamConfig
+from tl_stream.estimator.hierarchical import Beam
 from tl_stream.estimator.problem import Problem
 
 
@@ -17,29 +19,34 @@ class Limits:
     """What the budgets of a layer's heads allow.
 
     Attributes:
-        most: Most blocks that any query block may keep.
-        all: Whether every query block may keep everything.
+        most: Most blocks that any query block may keep by its budget.
+        own: Most key blocks in which the queries of one block stand themselves, which are kept beside the budget's.
         blocks: Most blocks that each query block may keep, `[head_index, q_block]`.
         shares: Share of attention at which a row has enough, `[head_index, 1, 1]`; infinite: never.
     """
 
     def __init__(self, problem: Problem, budgets: list[Budget]) -> None:
         n_blocks, device = problem.keys.shape[2], problem.keys.device
-        different = set(budgets)
-        self.most = max(each.blocks(n_blocks) for each in different)
-        self.all = all(each.blocks(n_blocks) == n_blocks and each.share is None for each in different)
-        first, last = problem.first_key // problem.block_k, (problem.last_key - 1) // problem.block_k
-        readable = (last - first + 1).clamp(min=0)
-        by_number = {each: torch.tensor([each.blocks(n) for n in range(n_blocks + 1)], device=device) for each in different}
-        self.blocks: Int[Tensor, "head_index q_block"] = torch.stack([by_number[each][readable] for each in budgets])
+        self.by_number = {each: [each.blocks(n) for n in range(n_blocks + 1)] for each in set(budgets)}
+        self.most = max(numbers[-1] for numbers in self.by_number.values())
+        self.own = _most_own(problem)
+        allowed = {each: torch.tensor(numbers, device=device)[problem.n_readable] for each, numbers in self.by_number.items()}
+        self.blocks: Int[Tensor, "head_index q_block"] = torch.stack([allowed[each] for each in budgets])
         shares = [math.inf if each.share is None else each.share for each in budgets]
         self.shares: Float[Tensor, "head_index 1 1"] = torch.tensor(shares, device=device)[:, None, None]
+
+    def beam(self, rows: slice, multiple: int) -> Beam:
+        """As many tree nodes as blocks, or a multiple of that: by the position, so that a longer text finds the same."""
+        least = [multiple * min(numbers) for numbers in zip(*self.by_number.values(), strict=True)]
+        start = max((-(-n // (2 * width)) - 1).bit_length() for n, width in enumerate(least) if n)
+        return Beam(multiple * self.blocks[:, rows, None], min(least[1:]), multiple * self.most, start)
 
 
 def keep_most(
     problem: Problem, rows: slice, blocks: Tensor, masses: Tensor, limits: Limits, config: StreamConfig
 ) -> tuple[Int[Tensor, "batch head_index q_block slot"], Int[Tensor, "batch head_index q_block"]]:
-    """The candidate blocks of greatest mass within the limits, sorted by position, and how many of them count.
+    """The candidate blocks of greatest mass within the limits, and the query block's own ones beside them: every query reads
+    something. Sorted by position.
 
     Args:
         problem: Some query blocks.
@@ -47,24 +54,39 @@ def keep_most(
         blocks: Candidates, `[batch, head_index, q_block, candidate]`.
         masses: Share of attention of each; negative where it doesn't count.
         limits: For all query blocks.
-        config: Which blocks are kept in any case.
+        config: Whether the first block is kept in any case.
+
+    Returns:
+        Kept blocks, and how many of them count.
     """
-    forced = _forced(problem, blocks, masses, config)
+    forced = (blocks == problem.sink) & (masses >= 0) if config.keep_sink else torch.zeros_like(masses, dtype=torch.bool)
     # 2 exceeds any share of attention, so that what must be kept comes first.
     best = masses.masked_fill(forced, 2.0).topk(min(limits.most, masses.shape[-1])).indices
     forced, masses, blocks = (x.gather(-1, best) for x in (forced, masses, blocks.expand(masses.shape)))
     so_far = masses.clamp(min=0).cumsum(-1) - masses.clamp(min=0)
     rank = torch.arange(best.shape[-1], device=best.device)
     used = (rank < limits.blocks[:, rows, None]) & (so_far < limits.shares) & (masses >= 0) | forced
+    own, is_own = _own_blocks(problem, limits.own)
+    used = used & ~((blocks >= own[:, :1]) & (blocks <= problem.diagonal))  # these are added, all of them
     past_the_end = problem.keys.shape[2]
-    indices = blocks.masked_fill(~used, past_the_end).sort(-1).values
-    return indices.masked_fill(indices == past_the_end, 0).int(), used.sum(-1).int()
+    own = own.masked_fill(~is_own, past_the_end).expand(*used.shape[:3], -1)
+    kept = torch.cat([own, blocks.masked_fill(~used, past_the_end)], -1)
+    kept = pad(kept, (0, limits.most - used.shape[-1]), value=past_the_end).sort(-1).values
+    return kept.masked_fill(kept == past_the_end, 0).int(), (kept < past_the_end).sum(-1).int()
 
 
-def _forced(problem: Problem, blocks: Tensor, masses: Tensor, config: StreamConfig) -> Bool[Tensor, ...]:
-    forced = torch.zeros_like(masses, dtype=torch.bool)
-    if config.keep_local:
-        forced = forced | (blocks == problem.diagonal)
-    if config.keep_sink:
-        forced = forced | (blocks == problem.sink)
-    return forced & (masses >= 0)
+def _own_blocks(problem: Problem, most: int) -> tuple[Int[Tensor, "q_block own"], Bool[Tensor, "q_block own"]]:
+    """The key blocks in which a block's queries stand themselves, and which of them count."""
+    own = problem.first_own[:, None] // problem.block_k + torch.arange(most, device=problem.keys.device)
+    return own, own <= problem.diagonal
+
+
+def _most_own(problem: Problem) -> int:
+    """Most key blocks over which the positions of one query block stretch; they repeat with a period."""
+    (n_queries, n_keys), block_q, block_k = (
+        (problem.mask.query_length, problem.mask.key_length),
+        problem.block_q,
+        problem.block_k,
+    )
+    first = [n_keys - n_queries + i * block_q for i in range(min(problem.shape[2], block_k))]
+    return max((min(at + block_q, n_keys) - 1) // block_k - at // block_k + 1 for at in first)

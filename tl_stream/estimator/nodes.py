@@ -51,12 +51,12 @@ class Groups(NamedTuple):
     def of(cls, problem: Problem, query_pos: Int[Tensor, "q_block block_q"], size: int) -> Groups:
         """Groups of so many queries; the last one of a block may have fewer."""
         missing = -problem.block_q % size
-        inside = pad(query_pos < problem.mask.query_length, (0, missing)).unflatten(1, (-1, size))
+        inside = pad(problem.real, (0, missing)).unflatten(1, (-1, size))
         count = inside.sum(-1)
         total = pad(problem.queries, (0, 0, 0, missing)).unflatten(3, (-1, size)).sum(4)
         last = query_pos[:, :1] + torch.arange(size, problem.block_q + missing + 1, size, device=count.device) - 1
-        mean = total / count.clamp(min=1)[:, :, None]
-        return cls(mean, last.clamp(max=problem.mask.query_length - 1)[:, :, None], (count / count.sum(-1, True))[:, :, None])
+        mean, weight = total / count.clamp(min=1)[:, :, None], count / count.sum(-1, True).clamp(min=1)
+        return cls(mean, last.clamp(max=problem.mask.query_length - 1)[:, :, None], weight[:, :, None])
 
 
 class Criterion(NamedTuple):

@@ -26,28 +26,42 @@ class Problem(NamedTuple):
         keys: In blocks, padded with zeros, `[batch, kv_head_index, kv_block, block_k, d_head]`.
         mask: Which token pairs may attend.
         mods: What the model does to their scores.
+        real: False for a query that is padding, or past the end, `[q_block, block_q]`; the same in all texts
+            (`tl_stream.estimator.texts`). Such a query weighs in nothing.
         first_key: First key that any query of a block may read, `[q_block]`.
         last_key: One past the last one, `[q_block]`.
+        first_own: The first query's own position among the keys, `[q_block]`.
+        first_block: Number of the first of the key blocks.
     """
 
     queries: Float[Tensor, "batch head_index q_block block_q d_head"]
     keys: Float[Tensor, "batch kv_head_index kv_block block_k d_head"]
     mask: AttentionMask
     mods: Sequence[ScoreMod]
+    real: Bool[Tensor, "q_block block_q"]
     first_key: Int[Tensor, " q_block"]
     last_key: Int[Tensor, " q_block"]
+    first_own: Int[Tensor, " q_block"]
+    first_block: int = 0
 
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, mask: AttentionMask, block_q: int, block_k: int, scale: float, mods: Sequence[ScoreMod]
     ) -> Problem:
-        """Cut q and k `[batch, heads, pos, d_head]` into blocks, in float32 or better."""
+        """Cut q and k `[batch, heads, pos, d_head]` into blocks, in float32 or better. Padding is the same in all texts."""
         wide = torch.promote_types(k.dtype, torch.float32)
+        rows = torch.arange(-(-q.shape[2] // block_q) * block_q, device=q.device)
+        real, rows = rows < mask.query_length, rows.clamp(max=mask.query_length - 1)
+        not_padding = mask.queries()
+        if not_padding is not None:
+            real = real & not_padding[0, rows]
+            q = q * real[: q.shape[2], None]
+        start, stop = mask.bounds(rows)
+        start = torch.zeros_like(stop) if start is None else start
+        first_key, first_own = (x.masked_fill(~real, NEVER).view(-1, block_q).amin(-1) for x in (start, stop - 1))
+        last_key = stop.masked_fill(~real, 0).view(-1, block_q).amax(-1)
         queries, keys = to_blocks(q.to(wide) * scale, block_q), to_blocks(k.to(wide), block_k)
-        rows = torch.arange(queries.shape[2] * block_q, device=q.device).clamp(max=mask.query_length - 1)
-        start, stop = mask.bounds(rows.view(-1, block_q))
-        first = torch.zeros_like(stop[:, 0]) if start is None else start.amin(-1)
-        return cls(queries, keys, mask, mods, first, stop.amax(-1))
+        return cls(queries, keys, mask, mods, real.view(-1, block_q), first_key, last_key, first_own)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -77,8 +91,8 @@ class Problem(NamedTuple):
 
     @property
     def diagonal(self) -> Int[Tensor, "q_block 1"]:
-        """Each query block's own key block: that of the last key it may read."""
-        return ((self.last_key - 1) // self.block_k)[:, None]
+        """Each query block's last own key block: that of the last key it may read."""
+        return ((self.last_key - 1).clamp(min=0) // self.block_k)[:, None]
 
     @property
     def sink(self) -> Int[Tensor, "batch 1 1 1"]:
@@ -89,26 +103,43 @@ class Problem(NamedTuple):
 
     def readable_blocks(self) -> tuple[Int[Tensor, "batch head_index q_block kv_block"], Bool[Tensor, "q_block kv_block"]]:
         """All key blocks, and which of them hold a key that some query of the block may read (padding aside)."""
-        blocks = torch.arange(self.keys.shape[2], device=self.keys.device)
+        blocks = torch.arange(self.first_block, self.first_block + self.keys.shape[2], device=self.keys.device)
         return blocks.expand(*self.shape, -1), self.readable(blocks, self.block_k)
 
     def readable(self, blocks: Tensor, size: int) -> Tensor:
         """Whether blocks of so many keys hold one that some query of the query block may read, padding aside."""
         return (blocks * size < self.last_key[:, None]) & ((blocks + 1) * size > self.first_key[:, None])
 
-    def runs(self, entries: int) -> list[tuple[int, int]]:
-        """Runs `start <= i < stop` of query blocks that need about `CHUNK_ENTRIES` numbers, at `entries` a block and head."""
+    def runs(self, entries: int, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
+        """Runs `start <= i < stop` of query blocks (of those from `first` to `last`) that need about `CHUNK_ENTRIES` numbers.
+
+        Args:
+            entries: Numbers that a query block and head need.
+            first: First query block.
+            last: One past the last one; None: all of them.
+        """
         batch, heads, n_blocks = self.shape
+        last = n_blocks if last is None else last
         step = max(1, CHUNK_ENTRIES // (batch * heads * entries))
-        return [(start, min(start + step, n_blocks)) for start in range(0, n_blocks, step)]
+        return [(start, min(start + step, last)) for start in range(first, last, step)]
 
     def slice(self, start: int, stop: int) -> Problem:
         """The same problem for the query blocks `start <= i < stop`. Query positions stay absolute (see `query_pos`)."""
-        return self._replace(
-            queries=self.queries[:, :, start:stop],
-            first_key=self.first_key[start:stop],
-            last_key=self.last_key[start:stop],
-        )
+        part = slice(start, stop)
+        by_block = {name: getattr(self, name)[part] for name in ("real", "first_key", "last_key", "first_own")}
+        return self._replace(queries=self.queries[:, :, part], **by_block)
+
+    def with_readable_keys(self) -> Problem:
+        """The same problem, less the key blocks before and behind all that any query may read."""
+        first = min(int(self.first_key.min()) // self.block_k, self.keys.shape[2] - 1)
+        stop = max(-(-int(self.last_key.max()) // self.block_k), first + 1)
+        return self._replace(keys=self.keys[:, :, first:stop], first_block=first)
+
+    @property
+    def n_readable(self) -> Int[Tensor, " q_block"]:
+        """How many key blocks hold a key that some query of the block may read."""
+        first, last = self.first_key // self.block_k, (self.last_key - 1) // self.block_k
+        return (last - first + 1).clamp(min=0)
 
     def select(self, x: Float[Tensor, "batch kv_head_index node *rest"], nodes: Tensor) -> Tensor:
         """Rows of `x` by query head: `[batch, head_index, q_block, c, *rest]` for nodes `[batch, head_index, q_block, c]`."""
@@ -170,7 +201,7 @@ def block_masses(
 def _block_masses(problem: Problem, query_pos: Tensor, blocks: Tensor | None, used: Tensor) -> Tensor:
     products = problem.products(blocks)
     if blocks is None:
-        blocks = torch.arange(used.shape[-1], device=used.device)[None, None, None]
+        blocks = problem.first_block + torch.arange(used.shape[-1], device=used.device)[None, None, None]
     offsets = torch.arange(problem.block_k, device=blocks.device)
     key_pos = blocks[..., None] * problem.block_k + offsets
     rows = query_pos[:, :, None, None]
@@ -178,7 +209,6 @@ def _block_masses(problem: Problem, query_pos: Tensor, blocks: Tensor | None, us
     placed = torch.where(used[..., None], problem.mask.place(problem.batch_index[..., None], key_pos), NEVER)
     allowed = within(placed[:, :, :, None], *problem.mask.bounds(rows))
     weights = logits.masked_fill_(~allowed, -torch.inf).flatten(-2).softmax(-1)
-    # A query that may read nothing has NaN for shares, and doesn't count.
-    shares = weights.unflatten(-1, (-1, problem.block_k)).sum(-1).nan_to_num(0.0).sum(3)
-    n_queries = (query_pos < problem.mask.query_length).sum(-1)[:, None]
-    return shares / n_queries
+    # A query that may read nothing has NaN for shares, and adds nothing.
+    shares = weights.unflatten(-1, (-1, problem.block_k)).sum(-1).nan_to_num(0.0)
+    return (shares * problem.real[:, :, None]).sum(3) / problem.real.sum(-1).clamp(min=1)[:, None]

@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tl_stream.budget import PerHead
+from tl_stream.budget import Constant, PerHead
 from tl_stream.cache import is_pattern
 from tl_stream.config import StreamConfig, as_config, check_shares
-from tl_stream.estimator import Problem, block_shares
+from tl_stream.estimator import Limits, block_shares, cut_padding
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.hosts import host_of
 from tl_stream.tensors import BlockSparsePattern
@@ -43,15 +43,15 @@ def distribute(
         **kwargs: As for `run_with_sparse_cache`.
 
     Returns:
-        A budget for `StreamConfig(k=...)`, at least 1 block a head (2 with both `keep_local` and `keep_sink`).
+        A budget for `StreamConfig(k=...)`, at least 1 block a head.
 
     Raises:
-        ValueError: `blocks` is below that or above `at_most`, the estimator is one that reckons no shares, or every
+        ValueError: `blocks` is below 1 or above `at_most`, the estimator is one that reckons no shares, or every
             layer is left dense.
     """
     shares = HeadShares(model, as_config(config), at_most)
-    if not shares.least <= blocks <= at_most:
-        raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected {shares.least} <= blocks <= at_most.")
+    if not 1 <= blocks <= at_most:
+        raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected 1 <= blocks <= at_most.")
     kwargs["names_filter"] = lambda name: False
     with shares.measured(model):
         run_with_sparse_cache(model, tokens, config=dense_config(shares.config), logits_to_keep=1, **kwargs)
@@ -71,13 +71,11 @@ class HeadShares:
 
     Attributes:
         n_heads: How many heads share a total: all of the layers that aren't left dense.
-        least: Fewest blocks that a head can get.
     """
 
     def __init__(self, model: Any, config: StreamConfig, at_most: int) -> None:
         check_shares(config, "to distribute a total by")
         self.config, self.at_most = config, at_most
-        self.least = max(1, config.keep_local + config.keep_sink)
         self.layers = host_of(model).attention_layers(model).keys() - config.dense_layer_indices(model.cfg.n_layers)
         if not self.layers:
             raise ValueError(
@@ -95,7 +93,7 @@ class HeadShares:
         """So many blocks over all heads, where they hold the most attention."""
         names = [(layer, head) for layer, steps in self.curves.items() for head in range(len(steps))]
         steps = torch.cat([each.cpu() for each in self.curves.values()])
-        steps[:, : self.least] = torch.inf
+        steps[:, 0] = torch.inf
         best = steps.flatten().topk(total).indices // self.at_most
         numbers = torch.bincount(best, minlength=len(names)).tolist()
         return PerHead(dict(zip(names, numbers, strict=True)), otherwise=max(1, round(total / self.n_heads)))
@@ -112,11 +110,14 @@ def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Fl
     """The share of attention that the r-th best key block holds, in the mean over the query blocks of each head."""
     data, products = recomputable(pattern)
     layout = data.layout
-    problem = Problem.of(
+    parts = cut_padding(
         products.q, products.k, layout.mask, layout.block_q, layout.block_k, products.scale, products.score_mods
     )
-    held = torch.zeros(layout.n_heads, at_most, dtype=problem.keys.dtype, device=layout.device)
-    for *_, shares in block_shares(problem, config, at_most):
-        ranked = shares.clamp(min=0).topk(min(at_most, shares.shape[-1])).values
-        held += pad(ranked, (0, at_most - ranked.shape[-1])).sum((0, 2))
-    return held / (layout.batch * layout.n_q_blocks)
+    held, n_rows = torch.zeros(layout.n_heads, at_most, device=layout.device), 0
+    for part in parts:
+        limits = Limits(part.problem, [Constant(at_most)] * layout.n_heads)
+        for *_, shares in block_shares(part.problem, config, limits):
+            ranked = shares.clamp(min=0).topk(min(at_most, shares.shape[-1])).values
+            held += pad(ranked, (0, at_most - ranked.shape[-1])).sum((0, 2)).to(held)
+        n_rows += part.problem.shape[0] * part.problem.shape[2]
+    return held / n_rows

@@ -44,11 +44,10 @@ class Searched:
         """
         match over:
             case "k":
-                least = max(1, config.keep_local + config.keep_sink)
-                return cls("k", least, n_blocks, lambda k: replace(config, k=k))
+                return cls("k", 1, n_blocks, lambda k: replace(config, k=k))
             case "total":
                 shares = HeadShares(model, config, n_blocks)
-                low, high = shares.least * shares.n_heads, n_blocks * shares.n_heads
+                low, high = shares.n_heads, n_blocks * shares.n_heads
                 return cls("total", low, high, lambda total: replace(config, k=shares.budget(total)), True, shares)
             case "top_p":
                 check_shares(config, "to search over")

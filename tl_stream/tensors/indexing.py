@@ -196,8 +196,8 @@ def _lost(data: BlockData, number: int, value: Any) -> ValueError:
     return ValueError(
         f"{number:,} of the entries written to (first value: {value}) lie outside the kept blocks of layer "
         f"{data.origin.layer}, where every entry is {data.fill}; the write would be lost. Keep those blocks: raise "
-        f"k (now at most {layout.n_slots} of {layout.n_kv_blocks} key blocks a row), force them with keep_sink or "
-        "keep_local, or put the layer into dense_layers. (A knock-out of scores is a write of -inf.)"
+        f"k (now at most {layout.n_slots} of {layout.n_kv_blocks} key blocks a row), force the first one with "
+        "keep_sink, or put the layer into dense_layers. (A knock-out of scores is a write of -inf.)"
     )
 
 

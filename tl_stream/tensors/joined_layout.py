@@ -6,7 +6,7 @@ room for T / block_k are O(T^2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -32,7 +32,7 @@ class JoinedLayout:
         masks = [part.mask for part in self.parts]
         starts = [mask.start for mask in masks if mask.start is not None]
         stop = torch.cat([mask.stop for mask in masks])
-        return AttentionMask(torch.cat(starts) if starts else None, stop, masks[0].key_length, masks[0].key_valid)
+        return replace(masks[0], start=torch.cat(starts) if starts else None, stop=stop)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

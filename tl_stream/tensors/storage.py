@@ -87,7 +87,7 @@ class Packer:
             "kv_indices": self.add(layout.kv_indices),
             "kv_num_blocks": self.add(layout.kv_num_blocks),
             "sizes": [layout.block_q, layout.block_k, layout.batch, layout.n_heads],
-            "mask": [self.add(mask.start), self.add(mask.stop), mask.key_length, self.add(mask.key_valid)],
+            "mask": [self.add(mask.start), self.add(mask.stop), mask.key_length, self.add(mask.key_valid), self.add(mask.real)],
         }
 
     def _products(self, products: Products) -> dict[str, Any]:
@@ -151,8 +151,8 @@ class Unpacker:
         return tensor
 
     def _layout(self, entry: dict[str, Any]) -> BlockLayout:
-        start, stop, key_length, key_valid = entry["mask"]
-        mask = AttentionMask(self.get(start), self._tensor(stop), key_length, self.get(key_valid))
+        start, stop, key_length, *padding = entry["mask"]  # files of before 0.2 know key_valid alone
+        mask = AttentionMask(self.get(start), self._tensor(stop), key_length, *map(self.get, padding))
         return BlockLayout(self.get(entry["kv_indices"]), self.get(entry["kv_num_blocks"]), mask, *entry["sizes"])
 
     def _products(self, entry: dict[str, Any]) -> Products:
