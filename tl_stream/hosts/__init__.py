@@ -1,6 +1,6 @@
 """What differs between the kinds of models that TransformerLens has: where the seam is, and where masks come from.
 
-A host is a module with `why_not(model)`, `attention_layers(model)`, `install(model, origin_of, stack)` and
+A host is a module with `why_not(model)`, `attention_layers(model)`, `install(model, installation)` and
 `unchanged_on_error(run_arguments)`: one for HookedTransformer, one for TransformerBridge.
 """
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_stream.hosts.overrides import Overrides
 from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores import AttentionScores
+
+
+def first_hook(overrides: Overrides, point: HookPoint, hook: Callable[[Any, HookPoint], Any]) -> None:
+    """`hook` changes what enters `point` meanwhile, before all of TransformerLens's hooks; `reset_hooks()` leaves it."""
+    overrides.entry(point, lambda args, kwargs: ((hook(args[0], point),), kwargs))
 
 
 def stream(scores: Tensor, hook: Any) -> Tensor:
@@ -29,7 +36,9 @@ def watch_gradient(tensor: Tensor, hook: Any) -> Tensor:
 
 
 def complete(before: Tensor, after: Any, hook: Any) -> Any:
-    """What a hook point hands to the model under `forward="exact"`: the record, as hooks left it, and what lies outside it.
+    """What a hook point hands to the model: what came out of it.
+
+    Under `forward="exact"` that is the record, as hooks left it, and what lies outside it.
 
     Args:
         before: What entered the hook point: `AttentionScores` or a sparse pattern.
@@ -39,7 +48,7 @@ def complete(before: Tensor, after: Any, hook: Any) -> Any:
     Raises:
         NotImplementedError: A hook returned an ordinary tensor, which can't say what lies outside the record.
     """
-    if not isinstance(before, AttentionScores | BlockSparseTensor):
+    if not isinstance(before, AttentionScores | BlockSparseTensor) or not before.origin.is_exact:
         return after
     if not isinstance(after, BlockSparseTensor):
         raise NotImplementedError(
@@ -66,9 +75,9 @@ def _rest_of(before: AttentionScores | BlockSparseTensor, hook: Any) -> Rest:
     return rest
 
 
-def call_complete(point: HookPoint, x: Tensor) -> Any:
+def call_complete(point: HookPoint, original: Callable[..., Any], x: Tensor) -> Any:
     """`point(x)`, completed."""
-    return complete(x, type(point)._call_impl(point, x), point)
+    return complete(x, original(x), point)
 
 
 def to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,8 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 
 from tl_stream.hosts.bridge_attention import BridgeAttention
 from tl_stream.hosts.hf_interfaces import own_implementation
-from tl_stream.hosts.hooks import check_length, to_all_tokens
-from tl_stream.hosts.overrides import entry_hook, override_method
-from tl_stream.tensors.products import Origin
+from tl_stream.hosts.hooks import check_length
+from tl_stream.hosts.installation import Installation
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
 
@@ -50,15 +49,15 @@ def attention_layers(model: Any) -> dict[int, AttentionBridge]:
     return {layer: attn for layer, attn in found.items() if isinstance(attn, AttentionBridge)}
 
 
-def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
-    """Put Stream between q . k and the softmax of every attention layer, until `stack` is closed."""
-    stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
-    stack.enter_context(entry_hook(model.original_model, partial(_check_input, model.cfg)))
+def install(model: Any, installation: Installation) -> None:
+    """Put Stream between q . k and the softmax of every attention layer."""
+    overrides = installation.overrides
+    overrides.entry(model.original_model, partial(_check_input, model))
     traced = []
     for layer, attn in attention_layers(model).items():
-        traced.append(BridgeAttention(attn, origin_of(layer), *_head_counts(model.cfg, attn)))
-        traced[-1].install(stack)
-    stack.enter_context(own_implementation(_configs(model, traced), partial(_attend, _by_module(traced))))
+        traced.append(BridgeAttention(attn, partial(installation.origin, layer), *_head_counts(model.cfg, attn)))
+        traced[-1].install(overrides)
+    own_implementation(overrides, _configs(model, traced), partial(_attend, _by_module(traced)))
 
 
 @contextmanager
@@ -125,16 +124,17 @@ def _attend(traced: dict[Module, BridgeAttention], module: Module, *args: Any, *
     return traced[module].attend(*args, **kwargs)
 
 
-def _check_input(cfg: Any, module: Module, args: tuple, kwargs: dict) -> None:
+def _check_input(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     x = args[0] if args else next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
     if isinstance(x, Tensor):
-        check_length(x, None, _limit(cfg, module))
+        check_length(x, None, _limit(model.cfg, model.original_model))
     attention_mask = kwargs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask was a tensor of shape {tuple(attention_mask.shape)}; expected None or [batch, pos] with 0 for "
             "padding: a query_pos x key_pos mask can't be traced in linear memory. Knock entries out in hook_attn_scores."
         )
+    return args, kwargs
 
 
 def _limit(cfg: Any, module: Module) -> int:

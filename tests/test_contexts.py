@@ -1,0 +1,366 @@
+"""Contexts that aren't left last-in-first-out, tasks, threads, two bridges around one model, Ctrl-C.
+
+A run is what its own context says, or is refused; and afterwards the model is as it was found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import families
+import pytest
+import torch
+import zoo
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+import tl_stream
+from tl_stream import StreamConfig
+
+WIDE, NARROW = (StreamConfig(block_q=8, block_k=8, k=k, max_dense=0) for k in (3, 1))
+BUILD: dict[str, Callable[[], Any]] = {
+    "HookedTransformer": partial(zoo.build, "gqa", torch.float32),
+    "HookedTransformer, ALiBi": partial(zoo.build, "alibi", torch.float32),
+    "HookedTransformer, sinks": partial(zoo.build, "sinks", torch.float32),
+    **{name: partial(families.build, name) for name in ("Llama", "GPT-2", "GPT-Neo", "OPT", "BLOOM", "Gemma 3", "Native")},
+}
+if not zoo.HAS_HOOKED:
+    BUILD = {name: build for name, build in BUILD.items() if "Hooked" not in name}
+TWO = [name for name in ("HookedTransformer", "Llama") if name in BUILD]
+TEXT = zoo.tokens(29)
+
+
+@pytest.fixture(params=BUILD)
+def model(request: pytest.FixtureRequest) -> Any:
+    return BUILD[request.param]()
+
+
+@pytest.fixture(params=TWO)
+def one_of_two(request: pytest.FixtureRequest) -> Any:
+    return BUILD[request.param]()
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def state(model: Any) -> list[Any]:
+    """Everything that tracing changes: attributes, buffers and hooks of every module, configs, and the registries."""
+    modules = [model, *model.modules()]
+    attributes = [{name: id(value) for name, value in vars(module).items()} for module in modules]
+    dicts = [
+        {key: id(value) for key, value in found.items()}
+        for module in modules
+        for found in (module._buffers, module._forward_hooks, module._forward_pre_hooks)
+    ]
+    configs = [getattr(getattr(module, "config", None), "_attn_implementation_internal", None) for module in modules]
+    registries = [list(interface._global_mapping) for interface in (AttentionInterface, AttentionMaskInterface)]
+    return [attributes, dicts, [(type(each), each) for each in configs], registries, signal.getsignal(signal.SIGINT)]
+
+
+def runs(model: Any) -> dict[Any, Tensor]:
+    """What the model gives densely and under each config."""
+    found = {None: model(TEXT), **{config: model.run_with_sparse_cache(TEXT, config=config)[0] for config in (WIDE, NARROW)}}
+    assert not torch.equal(found[WIDE], found[NARROW])
+    assert not torch.equal(found[WIDE], found[None])
+    return found
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    """What `function` returns or raises in another thread."""
+    found: list[Any] = []
+
+    def run() -> None:
+        with torch.no_grad():  # which is a matter of each thread
+            try:
+                found.append(function())
+            except Exception as error:
+                found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_left_in_the_order_in_which_they_were_opened(model: Any) -> None:
+    expected, before = runs(model), state(model)
+    first, second = (tl_stream.sparse(model, config) for config in (WIDE, NARROW))
+    first.__enter__()
+    assert torch.equal(model(TEXT), expected[WIDE])
+    second.__enter__()
+    assert torch.equal(model(TEXT), expected[NARROW])
+    first.__exit__(None, None, None)
+    assert torch.equal(model(TEXT), expected[NARROW])
+    second.__exit__(None, None, None)
+    assert torch.equal(model(TEXT), expected[None])
+    assert state(model) == before
+
+
+def test_abandoned_generators(one_of_two: Any) -> None:
+    model = one_of_two
+    expected, before = runs(model), state(model)
+
+    def reader(config: StreamConfig) -> Iterator[Tensor]:
+        with tl_stream.sparse(model, config):
+            while True:
+                yield model(TEXT)
+
+    first, second = reader(WIDE), reader(NARROW)
+    assert torch.equal(next(first), expected[WIDE])
+    assert torch.equal(next(second), expected[NARROW])
+    del first
+    gc.collect()
+    assert torch.equal(next(second), expected[NARROW])
+    assert in_thread(second.close) is None  # collected in whatever thread
+    assert torch.equal(model(TEXT), expected[None])
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (2, 1), (1, 1)], ids=str)
+def test_tasks_run_under_their_own_contexts(one_of_two: Any, steps: tuple[int, int]) -> None:
+    model = one_of_two
+    expected, before = runs(model), state(model)
+
+    async def read(config: StreamConfig, n: int) -> None:
+        with tl_stream.sparse(model, config):
+            for _ in range(n):
+                await asyncio.sleep(0)
+                assert torch.equal(model(TEXT), expected[config])
+
+    async def read_both() -> None:
+        await asyncio.gather(*(read(config, n) for config, n in zip((WIDE, NARROW), steps, strict=True)))
+
+    asyncio.run(read_both())
+    assert torch.equal(model(TEXT), expected[None])
+    assert state(model) == before
+
+    async def read_within() -> None:  # tasks see the context in which they were started
+        with tl_stream.sparse(model, WIDE):
+            inherited = asyncio.ensure_future(asyncio.sleep(0, model))
+            await asyncio.gather(read(NARROW, 2), inherited)
+            assert torch.equal(model(TEXT), expected[WIDE])
+
+    asyncio.run(read_within())
+    with tl_stream.sparse(model, WIDE):
+        asyncio.run(read(NARROW, 1))
+        assert torch.equal(model(TEXT), expected[WIDE])
+    assert state(model) == before
+
+
+def test_a_task_without_a_context_is_refused_while_another_one_has_one(model: Any) -> None:
+    expected, before = runs(model), state(model)
+
+    async def trace() -> None:
+        with tl_stream.sparse(model, WIDE):
+            await asyncio.sleep(0)
+            assert torch.equal(model(TEXT), expected[WIDE])
+
+    async def read() -> None:
+        with pytest.raises(
+            RuntimeError,
+            match=r"being traced by another task of this thread; .* Open tl_stream.sparse in the task that runs it",
+        ):
+            model(TEXT)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert torch.equal(model(TEXT), expected[None])
+
+    async def both() -> None:
+        await asyncio.gather(trace(), read())
+
+    asyncio.run(both())
+    assert state(model) == before
+
+
+def test_in_other_threads_the_model_stays_dense(model: Any) -> None:
+    expected, before = runs(model), state(model)
+    logits, cache = model.run_with_cache(TEXT)
+    with tl_stream.sparse(model, WIDE, logits_to_keep=1):
+        assert torch.equal(in_thread(lambda: model(TEXT)), logits)
+        _, found = in_thread(lambda: model.run_with_cache(TEXT))
+        assert torch.equal(model(TEXT), expected[WIDE][:, -1:])
+    assert found.keys() == cache.keys()
+    assert all(x is None or (type(x) is type(cache[name]) and torch.equal(x, cache[name])) for name, x in found.items())
+    assert state(model) == before
+
+
+def test_in_other_threads_the_model_stays_dense_amid_a_sparse_run(model: Any) -> None:
+    expected, found = runs(model), []
+
+    def note(x: Any, hook: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            found.append(in_thread(lambda: model(TEXT)))
+
+    hooks = [(name, note) for name in model.hook_dict if name.startswith("blocks.1.attn.")]
+    with tl_stream.sparse(model, WIDE), model.hooks(fwd_hooks=hooks):
+        assert torch.equal(model(TEXT), expected[WIDE])
+    assert len(found) > 4
+    assert all(torch.equal(each, expected[None]) for each in found)
+
+
+def test_a_second_thread_is_refused(model: Any) -> None:
+    expected, before = runs(model), state(model)
+
+    def trace() -> None:
+        with tl_stream.sparse(model, NARROW):
+            pass
+
+    with tl_stream.sparse(model, WIDE):
+        within = state(model)
+        for attempt in (trace, lambda: model.run_with_sparse_cache(TEXT)):
+            error = in_thread(attempt)
+            assert isinstance(error, RuntimeError)
+            assert "being traced by another thread ('MainThread'); expected one thread at a time" in str(error)
+        assert state(model) == within
+        assert torch.equal(model(TEXT), expected[WIDE])
+    assert in_thread(trace) is None
+    assert torch.equal(in_thread(lambda: model.run_with_sparse_cache(TEXT, config=NARROW)[0]), expected[NARROW])
+    assert state(model) == before
+
+
+def test_a_thread_that_was_given_the_context_is_refused(one_of_two: Any) -> None:
+    model = one_of_two
+
+    async def read() -> None:
+        refused = pytest.raises(RuntimeError, match=r"being traced by the thread 'MainThread'; .* in the thread that runs it")
+        with tl_stream.sparse(model, WIDE), refused:
+            await asyncio.to_thread(model, TEXT)
+
+    asyncio.run(read())
+
+
+def test_contexts_within_a_run(one_of_two: Any) -> None:
+    model = one_of_two
+    expected = runs(model)
+    found = []
+
+    def look(x: Any, hook: Any) -> None:
+        if not found:
+            found.append(None)
+            with tl_stream.sparse(model, NARROW):
+                found.append(model(TEXT))
+
+    with tl_stream.sparse(model, WIDE), model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", look)]):
+        assert torch.equal(model(TEXT), expected[WIDE])
+    assert torch.equal(found[1], expected[NARROW])
+
+
+def test_how_many_logits_are_kept_is_the_inner_context_s_too(model: Any) -> None:
+    with tl_stream.sparse(model, WIDE, logits_to_keep=2):
+        assert model(TEXT).shape[1] == 2
+        with tl_stream.sparse(model, WIDE):
+            assert model(TEXT).shape[1] == TEXT.shape[1]
+        with tl_stream.sparse(model, WIDE, logits_to_keep=1):
+            assert model(TEXT).shape[1] == 1
+        assert model(TEXT).shape[1] == 2
+
+
+@pytest.mark.parametrize("forward", ["sparse", "exact"])
+def test_inner_contexts_of_the_other_forward(one_of_two: Any, forward: str) -> None:
+    model = one_of_two
+    other = {"sparse": "exact", "exact": "sparse"}[forward]
+    outer, inner = (StreamConfig(block_q=8, block_k=8, k=1, forward=each) for each in (forward, other))
+    expected = [model.run_with_sparse_cache(TEXT, config=config)[0] for config in (outer, inner)]
+    with tl_stream.sparse(model, outer):
+        assert torch.equal(model(TEXT), expected[0])
+        with tl_stream.sparse(model, inner):
+            assert torch.equal(model(TEXT), expected[1])
+        assert torch.equal(model(TEXT), expected[0])
+
+
+def test_models_that_share_their_layers(one_of_two: Any) -> None:
+    model = one_of_two
+    twin = copy.copy(model)
+    expected, before = runs(model), state(model)
+    with tl_stream.sparse(model, WIDE):
+        with pytest.raises(RuntimeError, match="shares attention layers with another one that is being traced"):
+            twin.run_with_sparse_cache(TEXT)
+        assert torch.equal(model(TEXT), expected[WIDE])
+    assert torch.equal(twin.run_with_sparse_cache(TEXT, config=NARROW)[0], expected[NARROW])
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "GPT-NeoX"])
+def test_two_bridges_around_one_model(name: str) -> None:
+    hf_model = families.build_hf(name)
+    first = families.boot(hf_model)
+    expected = runs(first)
+    second = families.boot(hf_model)
+    support = tl_stream.supports(first)
+    assert not support
+    assert "another TransformerBridge was booted around the same Hugging Face model afterwards" in str(support.reason)
+    before = [state(first), state(second)]
+    with pytest.raises(ValueError, match="another TransformerBridge was booted"), tl_stream.sparse(first):
+        pass
+    if tl_stream.supports(second):
+        for config in (None, WIDE, NARROW):
+            found = second(TEXT) if config is None else second.run_with_sparse_cache(TEXT, config=config)[0]
+            assert torch.equal(found, expected[config])
+    assert [state(first), state(second)] == before
+
+
+def traced_by(act: Callable[[], None], step: int, body: Callable[[], Any]) -> bool:
+    """Call `act` at one step of `body()`, in this package's code or in contextlib's and signal's; whether it went that far."""
+    seen = 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal seen
+        if "tl_stream/" not in frame.f_code.co_filename and not frame.f_code.co_filename.endswith(
+            ("contextlib.py", "signal.py")
+        ):
+            return None
+        seen += 1
+        if seen == step:
+            act()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        body()
+    finally:
+        sys.settrace(before)
+    return seen >= step
+
+
+def raise_it() -> None:
+    raise KeyboardInterrupt
+
+
+ACTS = {"SIGINT": partial(signal.raise_signal, signal.SIGINT), "exception": raise_it}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_interrupted_at_every_step_of_entry_and_exit(one_of_two: Any, act: str) -> None:
+    model = one_of_two
+    expected, before = runs(model), state(model)
+    dirty = []
+
+    def enter_and_leave() -> None:
+        with tl_stream.sparse(model, WIDE, logits_to_keep=1):
+            pass
+
+    step, interrupted = 0, True
+    while interrupted:
+        step += 1
+        with suppress(KeyboardInterrupt):
+            interrupted = traced_by(ACTS[act], step, enter_and_leave)
+        if state(model) != before:
+            dirty.append(step)
+            break
+    assert not dirty
+    assert step > 300
+    assert torch.equal(model(TEXT), expected[None])
