@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.fidelity.pairs import PromptPairs
+from tl_stream.hosts.uninterrupted import Uninterrupted
 
 WIDE, NARROW = (StreamConfig(block_q=8, block_k=8, k=k, max_dense=0) for k in (3, 1))
 BUILD: dict[str, Callable[[], Any]] = {
@@ -59,7 +61,7 @@ def _no_grad() -> Iterator[None]:
 def state(model: Any) -> list[Any]:
     """Everything that tracing changes: attributes, buffers and hooks of every module, configs, and the registries."""
     modules = [model, *model.modules()]
-    attributes = [{name: id(value) for name, value in vars(module).items()} for module in modules]
+    attributes = [{name: type(value) for name, value in vars(module).items()} for module in modules]
     dicts = [
         {key: id(value) for key, value in found.items()}
         for module in modules
@@ -187,11 +189,12 @@ def test_a_task_without_a_context_is_refused_while_another_one_has_one(model: An
 
 def test_in_other_threads_the_model_stays_dense(model: Any) -> None:
     expected, before = runs(model), state(model)
-    logits, cache = model.run_with_cache(TEXT)
+    _, cache = model.run_with_cache(TEXT)
+    last, _ = model.run_with_sparse_cache(TEXT, config=WIDE, logits_to_keep=1)
     with tl_stream.sparse(model, WIDE, logits_to_keep=1):
-        assert torch.equal(in_thread(lambda: model(TEXT)), logits)
+        assert torch.equal(in_thread(lambda: model(TEXT)), expected[None])
         _, found = in_thread(lambda: model.run_with_cache(TEXT))
-        assert torch.equal(model(TEXT), expected[WIDE][:, -1:])
+        assert torch.equal(model(TEXT), last)
     assert found.keys() == cache.keys()
     assert all(x is None or (type(x) is type(cache[name]) and torch.equal(x, cache[name])) for name, x in found.items())
     assert state(model) == before
@@ -204,10 +207,11 @@ def test_in_other_threads_the_model_stays_dense_amid_a_sparse_run(model: Any) ->
         if threading.current_thread() is threading.main_thread():
             found.append(in_thread(lambda: model(TEXT)))
 
-    hooks = [(name, note) for name in model.hook_dict if name.startswith("blocks.1.attn.")]
+    points = {f"blocks.1.attn.{name}" for name in ("hook_in", "hook_q", "q.hook_out", "hook_pattern", "hook_z", "o.hook_in")}
+    hooks = [(name, note) for name in sorted(points & model.hook_dict.keys())]
     with tl_stream.sparse(model, WIDE), model.hooks(fwd_hooks=hooks):
         assert torch.equal(model(TEXT), expected[WIDE])
-    assert len(found) > 4
+    assert len(found) >= 3
     assert all(torch.equal(each, expected[None]) for each in found)
 
 
@@ -245,7 +249,7 @@ def test_a_thread_that_was_given_the_context_is_refused(one_of_two: Any) -> None
 def test_contexts_within_a_run(one_of_two: Any) -> None:
     model = one_of_two
     expected = runs(model)
-    found = []
+    found: list[Any] = []
 
     def look(x: Any, hook: Any) -> None:
         if not found:
@@ -302,25 +306,22 @@ def test_two_bridges_around_one_model(name: str) -> None:
     support = tl_stream.supports(first)
     assert not support
     assert "another TransformerBridge was booted around the same Hugging Face model afterwards" in str(support.reason)
+    found = runs(second)
+    assert all(torch.equal(logits, expected[config]) for config, logits in found.items())
     before = [state(first), state(second)]
     with pytest.raises(ValueError, match="another TransformerBridge was booted"), tl_stream.sparse(first):
         pass
-    if tl_stream.supports(second):
-        for config in (None, WIDE, NARROW):
-            found = second(TEXT) if config is None else second.run_with_sparse_cache(TEXT, config=config)[0]
-            assert torch.equal(found, expected[config])
+    second.run_with_sparse_cache(TEXT)
     assert [state(first), state(second)] == before
 
 
-def traced_by(act: Callable[[], None], step: int, body: Callable[[], Any]) -> bool:
-    """Call `act` at one step of `body()`, in this package's code or in contextlib's and signal's; whether it went that far."""
+def act_at(step: int, act: Callable[[], None], files: tuple[str, ...], body: Callable[[], Any]) -> bool:
+    """Call `act` at one step of `body()`, counted in the code of some files; whether there are so many."""
     seen = 0
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
         nonlocal seen
-        if "tl_stream/" not in frame.f_code.co_filename and not frame.f_code.co_filename.endswith(
-            ("contextlib.py", "signal.py")
-        ):
+        if not frame.f_code.co_filename.endswith(files):
             return None
         seen += 1
         if seen == step:
@@ -340,27 +341,81 @@ def raise_it() -> None:
     raise KeyboardInterrupt
 
 
-ACTS = {"SIGINT": partial(signal.raise_signal, signal.SIGINT), "exception": raise_it}
+STEPS = "overrides.py", "hooked_transformer.py", "transformer_bridge.py", "bridge_attention.py", "hf_interfaces.py"
+ALL = *STEPS, "installation.py", "tracing.py", "uninterrupted.py", "contextlib.py", "signal.py", "threading.py"
+interrupt = partial(signal.raise_signal, signal.SIGINT)
+INTERRUPTIONS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
+    "SIGINT": (interrupt, ALL),
+    "another exception": (raise_it, STEPS),
+}
 
 
-@pytest.mark.parametrize("act", ACTS)
-def test_interrupted_at_every_step_of_entry_and_exit(one_of_two: Any, act: str) -> None:
+@pytest.mark.parametrize("what", INTERRUPTIONS)
+def test_interrupted_at_every_step_of_entry_and_exit(one_of_two: Any, what: str) -> None:
     model = one_of_two
     expected, before = runs(model), state(model)
-    dirty = []
 
     def enter_and_leave() -> None:
         with tl_stream.sparse(model, WIDE, logits_to_keep=1):
             pass
 
+    act, files = INTERRUPTIONS[what]
+    stride = 1 if len(before[0]) < 150 else 11  # a bridge has many hook points, in which the same is done
     step, interrupted = 0, True
     while interrupted:
-        step += 1
+        step += stride
         with suppress(KeyboardInterrupt):
-            interrupted = traced_by(ACTS[act], step, enter_and_leave)
-        if state(model) != before:
-            dirty.append(step)
-            break
-    assert not dirty
+            interrupted = act_at(step, act, files, enter_and_leave)
+        assert state(model) == before, step
     assert step > 300
     assert torch.equal(model(TEXT), expected[None])
+
+
+def test_interrupted_at_every_step_of_transformer_lens_s_hooks(one_of_two: Any) -> None:
+    model = one_of_two
+    before = state(model)
+
+    def enter_and_leave() -> None:
+        with PromptPairs().counted(model):
+            pass
+
+    step, interrupted = 0, True
+    while interrupted:
+        step += 3 if len(before[0]) < 150 else 41
+        with suppress(KeyboardInterrupt):
+            interrupted = act_at(step, interrupt, ("hook_points.py", "bridge.py"), enter_and_leave)
+        assert state(model) == before, step
+    assert step > 50
+
+
+@pytest.mark.skipif(not zoo.HAS_HOOKED, reason="a bridge's run_with_cache adds and removes its hooks itself")
+def test_interrupted_amid_the_hooks_of_run_with_cache() -> None:
+    model = BUILD["HookedTransformer"]()
+    model.run_with_sparse_cache(TEXT)
+    before = state(model)
+    for step in range(1, 4000, 97):
+        with suppress(KeyboardInterrupt):
+            act_at(step, interrupt, ("hook_points.py",), lambda: model.run_with_sparse_cache(TEXT))
+        assert state(model) == before, step
+
+
+def test_the_handler_of_ctrl_c_stays_the_user_s(one_of_two: Any) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with Uninterrupted(tl_stream.sparse(one_of_two)):
+            signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+
+        with Uninterrupted(signalling()):
+            assert len(came) == 2
+        assert len(came) == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def signalling() -> Iterator[None]:
+    signal.raise_signal(signal.SIGINT)
+    yield
+    signal.raise_signal(signal.SIGINT)

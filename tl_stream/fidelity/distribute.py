@@ -21,6 +21,7 @@ from tl_stream.config import StreamConfig, as_config, check_shares
 from tl_stream.estimator import Problem, block_shares
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.hosts import host_of
+from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tensors import BlockSparsePattern
 from tl_stream.tensors.retained import recomputable
 from tl_stream.tracing import run_with_sparse_cache
@@ -89,7 +90,7 @@ class HeadShares:
 
     def measured(self, model: Any) -> AbstractContextManager[Any]:
         """Within this context the model's next full run over the text is measured, layer by layer."""
-        return model.hooks(fwd_hooks=[(is_pattern, self._note)])
+        return Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, self._note)]))
 
     def budget(self, total: int) -> PerHead:
         """So many blocks over all heads, where they hold the most attention."""

@@ -23,6 +23,7 @@ from torch.nn import Module
 from tl_stream.config import StreamConfig
 from tl_stream.hosts.hooks import to_all_tokens
 from tl_stream.hosts.overrides import Overrides
+from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tensors.products import Origin
 
 
@@ -98,6 +99,7 @@ class Installation:
         for attn in layers:
             self.overrides.put(_INSTALLED, attn, self)
         self.overrides.method(self.model, "to_tokens", lambda _, *args, **kwargs: to_all_tokens(self.model, *args, **kwargs))
+        self.overrides.method(self.model, "hooks", lambda hooks, *args, **kwargs: Uninterrupted(hooks(*args, **kwargs)))
         self.overrides.entry(self.model.unembed, self._last_positions)
         host.install(self.model, self)
 
@@ -129,7 +131,11 @@ def opened(model: Any, host: ModuleType, trace: Trace) -> Iterator[Trace]:
         yield trace
     finally:
         if installation is not None:
-            _leave(installation, number)
+            try:
+                _leave(installation, number)
+            except BaseException:  # an interruption: what it does may be done again
+                _leave(installation, number)
+                raise
 
 
 def _installation(model: Any, layers: list[Module]) -> Installation:

@@ -52,14 +52,7 @@ class Overrides:
         self.method(module, "_call_impl", call)
 
     def restore(self) -> None:
-        """Put everything back; from the start again where an exception came in between."""
-        try:
-            self._put_back()
-        except BaseException:
-            self._put_back()
-            raise
-
-    def _put_back(self) -> None:
+        """Put everything back. May be interrupted, and called again."""
         for where, key, before in reversed(self._before):
             if before is _MISSING:
                 where.pop(key, None)

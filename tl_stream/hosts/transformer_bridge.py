@@ -39,6 +39,11 @@ def why_not(model: Any) -> str | None:
             "TransformerLens shows no softmax attention of its layers, no blocks.N.attn with hook_attn_scores and hook_pattern "
             "(a state space model, a recurrent one, or one whose attention it leaves inside a larger part)"
         )
+    if _behind_another_bridge(model):
+        return (
+            "another TransformerBridge was booted around the same Hugging Face model afterwards, so that this one's hooks no "
+            "longer fire; use that one, or boot each around a model of its own"
+        )
     reasons = {layer: _why_not_attention(attn) for layer, attn in attention_layers(model).items()}
     return next((f"layer {layer}: {reason}" for layer, reason in reasons.items() if reason), None)
 
@@ -82,6 +87,12 @@ def _is_decoder(config: Any) -> bool:
     """Whether a Hugging Face config describes a decoder. (Families that can be both say `is_decoder`.)"""
     both = getattr(config, "model_type", None) in ("bert", "roberta")
     return bool(getattr(config, "is_decoder", False)) if both else bool(getattr(config, "is_causal", True))
+
+
+def _behind_another_bridge(model: Any) -> bool:
+    """Whether the modules that run are another bridge's, which holds this one's for the original ones."""
+    wrapped = {each.original_component for each in model.original_model.modules() if isinstance(each, AttentionBridge)}
+    return not wrapped.isdisjoint(attention_layers(model).values())
 
 
 def _why_not_attention(attn: AttentionBridge) -> str | None:

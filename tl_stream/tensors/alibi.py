@@ -33,7 +33,7 @@ class AlibiBias(Wrapper):
     def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "getitem":
             return args[0]
-        if name == "iadd":
+        if name == "add_":
             scores, (n_queries, n_keys) = args[0], args[0].shape[-2:]
             return func(scores, args[1].make(n_keys)[:, -n_queries:])
         return None if name == "deepcopy" else NotImplemented  # in a copied model: not made yet
