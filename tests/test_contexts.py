@@ -11,7 +11,7 @@ import gc
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -74,7 +74,9 @@ def state(model: Any) -> list[Any]:
 
 def runs(model: Any) -> dict[Any, Tensor]:
     """What the model gives densely and under each config."""
-    found = {None: model(TEXT), **{config: model.run_with_sparse_cache(TEXT, config=config)[0] for config in (WIDE, NARROW)}}
+    found: dict[Any, Tensor] = {None: model(TEXT)}
+    for config in (WIDE, NARROW):
+        found[config], _ = model.run_with_sparse_cache(TEXT, config=config)
     assert not torch.equal(found[WIDE], found[NARROW])
     assert not torch.equal(found[WIDE], found[None])
     return found
@@ -115,7 +117,7 @@ def test_abandoned_generators(one_of_two: Any) -> None:
     model = one_of_two
     expected, before = runs(model), state(model)
 
-    def reader(config: StreamConfig) -> Iterator[Tensor]:
+    def reader(config: StreamConfig) -> Generator[Tensor, None, None]:
         with tl_stream.sparse(model, config):
             while True:
                 yield model(TEXT)
