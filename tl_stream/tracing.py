@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from tl_stream.audit import NextTokens
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig, as_config
 from tl_stream.hosts import host_of, model_classes
+from tl_stream.hosts.arguments import check_keywords
 from tl_stream.hosts.installation import Trace, opened
 from tl_stream.hosts.uninterrupted import Uninterrupted
 
@@ -83,8 +85,10 @@ def run_with_sparse_cache(
         The model's output, and the cache. Its patterns and scores are sparse: exact for the sparse model.
 
     Raises:
-        TypeError, ValueError: As `sparse`; also `logits_to_keep` with a loss, which needs all logits.
+        TypeError: As `sparse`; also a keyword that nobody takes, and a config among `model_args`.
+        ValueError: As `sparse`; also `logits_to_keep` with a loss, which needs all logits.
     """
+    _check_arguments(model, model_args, kwargs)
     return_type = kwargs.get("return_type", model_args[1] if len(model_args) > 1 else "logits")
     if logits_to_keep is not None and return_type in ("loss", "both"):
         raise ValueError(
@@ -126,6 +130,15 @@ def register() -> None:
                 "overwrite it. Remove it before importing tl_stream."
             )
         setattr(owner, name, run_with_sparse_cache)
+
+
+def _check_arguments(model: Any, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    own = inspect.signature(run_with_sparse_cache).parameters.keys() - {"model", "model_args", "kwargs"}
+    check_keywords(model, host_of(model), kwargs, ("run_with_cache", "forward"), own)
+    if any(isinstance(x, StreamConfig) for x in model_args):
+        raise TypeError(
+            "A StreamConfig was given without a name, as an argument of the model; expected config=StreamConfig(...)."
+        )
 
 
 def _check_logits_to_keep(n: Any) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.abstract_attention import AbstractAttention
 
-from tl_stream.hosts.hooks import call_complete, check_length, first_hook, stream, watch_gradient
+from tl_stream.hosts.arguments import check_tokens
+from tl_stream.hosts.hooks import call_complete, first_hook, stream, watch_gradient
 from tl_stream.hosts.installation import Installation
 from tl_stream.hosts.overrides import Overrides
 from tl_stream.masking import AttentionMask
@@ -31,6 +32,11 @@ def why_not(model: Any) -> str | None:
     return None
 
 
+def keywords(model: Any) -> set[str]:
+    """What a run takes beside the parameters of the model's own methods."""
+    return set()
+
+
 def attention_layers(model: Any) -> dict[int, AbstractAttention]:
     """The attention of each layer."""
     return {layer: block.attn for layer, block in enumerate(model.blocks)}
@@ -38,7 +44,7 @@ def attention_layers(model: Any) -> dict[int, AbstractAttention]:
 
 def install(model: Any, installation: Installation) -> None:
     """Put Stream between q . k and the softmax of every layer."""
-    first_hook(installation.overrides, model.hook_embed, partial(check_length, n_ctx=model.cfg.n_ctx))
+    installation.overrides.method(model, "input_to_embed", partial(_checked_input, model))
     for layer, attn in attention_layers(model).items():
         _install_attention(attn, partial(installation.origin, layer), installation.overrides)
 
@@ -59,6 +65,13 @@ def unchanged_on_error(run_arguments: dict[str, Any]) -> Iterator[None]:
             entry.past_keys, entry.past_values = keys, values
         past_kv_cache.previous_attention_mask = attention_mask
         raise
+
+
+def _checked_input(model: Any, original: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
+    """`input_to_embed` of tokens that the model knows; `to_tokens` checks texts."""
+    if isinstance(input, Tensor):
+        check_tokens(input, model.embed.W_E.shape[0], model.cfg.n_ctx)
+    return original(input, *args, **kwargs)
 
 
 def _install_attention(attn: AbstractAttention, origin_of: Callable[[], Origin], overrides: Overrides) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_stream.hosts.arguments import check_length
 from tl_stream.hosts.overrides import Overrides
 from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
@@ -84,7 +85,9 @@ def to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`to_tokens` without truncation: a text that is too long raises."""
     if len(args) < 4:
         kwargs.setdefault("truncate", False)
-    return check_length(type(model).to_tokens(model, input, *args, **kwargs), None, model.cfg.n_ctx)
+    tokens = type(model).to_tokens(model, input, *args, **kwargs)
+    check_length(tokens, model.cfg.n_ctx)
+    return tokens
 
 
 def as_prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
@@ -102,16 +105,3 @@ def as_prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
     if not tokens.numel():
         raise ValueError(f"tokens were of shape {tuple(tokens.shape)}; expected at least one token.")
     return tokens if tokens.dim() == 2 else tokens[None]
-
-
-def check_length(x: Tensor, hook: Any, n_ctx: int) -> Tensor:
-    """Raise ValueError for tokens (or embeddings) `[batch, pos, ...]` that are none, or more than n_ctx."""
-    batch, length = x.shape[:2]
-    if batch == 0 or length == 0:
-        raise ValueError(f"tokens were of shape {[batch, length]}; expected at least one text of at least one token.")
-    if length > n_ctx:
-        raise ValueError(
-            f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. "
-            "Shorten the text, or load the model with a larger n_ctx."
-        )
-    return x

@@ -10,13 +10,20 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformers import PreTrainedModel
+from transformers.utils import TransformersKwargs
 
+from tl_stream.hosts.arguments import check_length, check_tokens, parameters
 from tl_stream.hosts.bridge_attention import BridgeAttention
 from tl_stream.hosts.hf_interfaces import own_implementation
-from tl_stream.hosts.hooks import check_length
 from tl_stream.hosts.installation import Installation
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
+
+_KEYWORDS = {"device", "one_zero_attention_mask", "past_key_values", "return_dict", "use_past_kv_cache"}
+"""What TransformerLens and transformers take out of `**kwargs` on the way, without naming it in a signature."""
+
+_ANY_NUMBER = 2**63
 
 _UNSUPPORTED = {
     "GlmMoeDsaAttentionBridge": "it chooses keys itself (DeepSeek sparse attention)",
@@ -46,6 +53,13 @@ def why_not(model: Any) -> str | None:
         )
     reasons = {layer: _why_not_attention(attn) for layer, attn in attention_layers(model).items()}
     return next((f"layer {layer}: {reason}" for layer, reason in reasons.items() if reason), None)
+
+
+def keywords(model: Any) -> set[str]:
+    """What a run takes beside the parameters of the bridge's own methods: those of the Hugging Face model and its parts."""
+    modules = [each for each in model.original_model.modules() if isinstance(each, PreTrainedModel)]
+    found = set().union(*(parameters(each.forward) for each in [model.original_model, *modules]))
+    return found | set(TransformersKwargs.__annotations__) | _KEYWORDS
 
 
 def attention_layers(model: Any) -> dict[int, AttentionBridge]:
@@ -136,9 +150,15 @@ def _attend(traced: dict[Module, BridgeAttention], module: Module, *args: Any, *
 
 
 def _check_input(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    x = args[0] if args else next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
-    if isinstance(x, Tensor):
-        check_length(x, None, _limit(model.cfg, model.original_model))
+    tokens, embedded = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    limit = _limit(model.cfg, model.original_model)
+    if isinstance(embedded, Tensor) and embedded.is_floating_point() and embedded.dim() == 3:
+        check_length(embedded, limit)
+    else:
+        tokens = embedded if tokens is None else tokens  # a bridge takes any floats for embeddings
+    if isinstance(tokens, Tensor):
+        beyond = kwargs.get("pixel_values") is not None  # places of images may have numbers of their own
+        check_tokens(tokens, _ANY_NUMBER if beyond else model.embed.W_E.shape[0], limit)
     attention_mask = kwargs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
         raise ValueError(
