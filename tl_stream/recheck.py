@@ -79,6 +79,5 @@ def _check_arguments(model: Any, rows: Any, kwargs: dict[str, Any]) -> None:
         raise TypeError(f"rows was {rows!r}; expected an int: how many of the last rows make the answer.")
     if "return_type" in kwargs:
         raise ValueError(f"return_type was {kwargs['return_type']!r}; a recheck needs logits. Leave it out.")
-    check_keywords(
-        model, host_of(model), kwargs, ("forward",), inspect.signature(recheck).parameters.keys() - {"model", "text"}
-    )
+    own = inspect.signature(recheck).parameters.keys() - {"model", "text", "kwargs"}
+    check_keywords(model, host_of(model), kwargs, ("forward",), own)

@@ -42,7 +42,7 @@ def distribute(
         blocks: Key blocks a query block and head, in the mean over the heads of all layers but `config.dense_layers`.
         config: Blocks and estimator, by whose shares the heads are judged; None: the defaults.
         at_most: Most blocks that a head can get.
-        **kwargs: As for `run_with_sparse_cache`.
+        **kwargs: As for `run_with_sparse_cache`, but no `names_filter` or `logits_to_keep`.
 
     Returns:
         A budget for `StreamConfig(k=...)`, at least 1 block a head (2 with both `keep_local` and `keep_sink`).
@@ -54,9 +54,8 @@ def distribute(
     shares = HeadShares(model, as_config(config), at_most)
     if not shares.least <= blocks <= at_most:
         raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected {shares.least} <= blocks <= at_most.")
-    kwargs["names_filter"] = lambda name: False
     with shares.measured(model):
-        run_with_sparse_cache(model, tokens, config=dense_config(shares.config), logits_to_keep=1, **kwargs)
+        run_with_sparse_cache(model, tokens, config=dense_config(shares.config), logits_to_keep=1, names_filter=[], **kwargs)
     return shares.budget(round(blocks * shares.n_heads))
 
 

@@ -73,8 +73,8 @@ def check_tokens(x: Tensor, vocabulary: int, n_ctx: int) -> None:
     least, greatest = (int(each) for each in x.aminmax())
     if least < 0 or greatest >= vocabulary:
         raise ValueError(
-            f"tokens held {least if least < 0 else greatest}; expected numbers from 0 to {vocabulary - 1}, the model's vocabulary. "
-            "Was another model's tokenizer used?"
+            f"tokens held {least if least < 0 else greatest}; expected numbers from 0 to {vocabulary - 1}, the model's "
+            "vocabulary. Was another model's tokenizer used?"
         )
 
 
