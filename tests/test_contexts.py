@@ -21,6 +21,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -399,6 +400,25 @@ def test_interrupted_amid_the_hooks_of_run_with_cache() -> None:
         with suppress(KeyboardInterrupt):
             act_at(step, interrupt, ("hook_points.py",), lambda: model.run_with_sparse_cache(TEXT))
         assert state(model) == before, step
+
+
+def test_interrupted_amid_a_run(one_of_two: Any) -> None:
+    model = one_of_two
+    expected, before = runs(model), state(model)
+    files = "hooked_transformer.py", "bridge_attention.py", "torch/overrides.py"
+    q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 3)
+    step, interrupted, left = 0, True, 0
+    while interrupted:
+        step += 3 if len(before[0]) < 150 else 41
+        with suppress(KeyboardInterrupt, RuntimeError):  # torch's own stack of modes may be empty before its time
+            interrupted = act_at(step, interrupt, files, lambda: model.run_with_sparse_cache(TEXT))
+        assert type(q @ k) is Tensor, step  # what Ctrl-C left on that stack does nothing
+        for _ in _get_current_function_mode_stack():
+            torch._C._pop_torch_function_stack()
+            left += 1
+        assert state(model) == before, step
+    assert left > 0
+    assert torch.equal(model(TEXT), expected[None])
 
 
 def test_the_handler_of_ctrl_c_stays_the_user_s(one_of_two: Any) -> None:

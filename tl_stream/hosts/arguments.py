@@ -70,7 +70,7 @@ def check_tokens(x: Tensor, vocabulary: int, n_ctx: int) -> None:
     if x.is_meta:
         raise ValueError("tokens was on the meta device, where tensors have no data; expected it on the model's device.")
     check_length(x if x.dim() == 2 else x[None], n_ctx)
-    least, greatest = (int(each) for each in x.aminmax())
+    least, greatest = int(x.min()), int(x.max())
     if least < 0 or greatest >= vocabulary:
         raise ValueError(
             f"tokens held {least if least < 0 else greatest}; expected numbers from 0 to {vocabulary - 1}, the model's "

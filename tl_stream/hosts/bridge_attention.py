@@ -108,11 +108,12 @@ class BridgeAttention:
         """The module's own call, with q . k^T noted."""
         before = self.capture, self.fired  # a hook may run the model, too
         hooks = partial(self._fire, self.attn.hook_attn_scores), partial(self._fire, self.attn.hook_pattern)
-        self.capture, self.fired = CaptureProduct(self.origin_of(), self.n_heads, self.kv_heads, hooks), set()
+        capture = CaptureProduct(self.origin_of(), self.n_heads, self.kv_heads, hooks)
+        self.capture, self.fired = capture, set()
         try:
-            with self.capture:
+            with capture:
                 output = original(*args, **kwargs)
-            if self.capture.scores is None:
+            if capture.scores is None:
                 raise NotImplementedError(
                     f"The attention of layer {self.origin.layer} ({type(self.attn).__name__} around "
                     f"{type(self.attn.original_component).__name__}) took no product of q and k that could be captured; it "
@@ -120,6 +121,7 @@ class BridgeAttention:
                 )
             return output
         finally:
+            capture.paused = True  # should Ctrl-C have kept torch from taking it off its stack of modes
             self.capture, self.fired = before
 
     def _call_part(self, part: Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -92,8 +92,12 @@ def _capture_scores(
     attn: AbstractAttention, origin_of: Callable[[], Origin], original: Callable[..., Tensor], q: Tensor, k: Tensor
 ) -> Tensor:
     """The model's own code, with q . k^T noted. The base class's: under grouped queries k is not expanded."""
-    with CaptureProduct(origin_of(), attn.cfg.n_heads, k.shape[2]):
-        return AbstractAttention.calculate_attention_scores(attn, q, k)
+    capture = CaptureProduct(origin_of(), attn.cfg.n_heads, k.shape[2])
+    try:
+        with capture:
+            return AbstractAttention.calculate_attention_scores(attn, q, k)
+    finally:
+        capture.paused = True  # should Ctrl-C have kept torch from taking it off its stack of modes
 
 
 def _apply_mask(

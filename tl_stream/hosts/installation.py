@@ -77,16 +77,16 @@ class Installation:
                 another one of its thread has one open, or in a thread that was started with the context of the one that traces.
         """
         here = threading.current_thread() is self.thread
-        number = next((number for number in reversed(_OPENED.get()) if number in self.traces), None)
-        if number is None and (not here or not self.traces):
+        seen = [number for number in _OPENED.get() if number in self.traces]
+        if not seen and (not here or not self.traces):
             return None
-        if number is None or not here:
+        if not seen or not here:
             kind, other = ("task", "another task of this thread") if here else ("thread", f"the thread {self.thread.name!r}")
             raise RuntimeError(
                 f"The model is being traced by {other}; this run could be meant to be sparse or dense. Open tl_stream.sparse "
                 f"in the {kind} that runs it, or run it when that context has been left."
             )
-        return self.traces[number]
+        return self.traces[seen[-1]]
 
     def origin(self, layer: int) -> Origin:
         """Where the sparse tensors of a layer come from, in a run that is traced."""
@@ -122,7 +122,7 @@ def opened(model: Any, host: ModuleType, trace: Trace) -> Iterator[Trace]:
     layers = list(host.attention_layers(model).values())
     installation = None
     try:
-        with _LOCK:
+        with _LOCK:  # a context that is collected may be left in any thread
             installation = _installation(model, layers)
             installation.traces[number] = trace
             if not installation.overrides:

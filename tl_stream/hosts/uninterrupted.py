@@ -34,7 +34,7 @@ class Uninterrupted(AbstractContextManager[T], Generic[T]):
     ) -> bool | None:
         try:
             return _held_back(self._close, kind, error, traceback)
-        except KeyboardInterrupt:  # it may have come before signals were held back
+        except BaseException:  # what a signal raised may have come before signals were held back
             _held_back(self._close, kind, error, traceback)
             raise
 
