@@ -407,7 +407,7 @@ def test_interrupted_amid_a_run(one_of_two: Any) -> None:
     expected, before = runs(model), state(model)
     files = "hooked_transformer.py", "bridge_attention.py", "torch/overrides.py"
     q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 3)
-    step, interrupted, left = 0, True, 0
+    step, interrupted = 0, True
     while interrupted:
         step += 3 if len(before[0]) < 150 else 41
         with suppress(KeyboardInterrupt, RuntimeError):  # torch's own stack of modes may be empty before its time
@@ -415,9 +415,7 @@ def test_interrupted_amid_a_run(one_of_two: Any) -> None:
         assert type(q @ k) is Tensor, step  # what Ctrl-C left on that stack does nothing
         for _ in _get_current_function_mode_stack():
             torch._C._pop_torch_function_stack()
-            left += 1
         assert state(model) == before, step
-    assert left > 0
     assert torch.equal(model(TEXT), expected[None])
 
 
