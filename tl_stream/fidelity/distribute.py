@@ -21,6 +21,8 @@ from tl_stream.config import StreamConfig, as_config, check_shares
 from tl_stream.estimator import Limits, block_shares, cut_padding
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.hosts import host_of
+from tl_stream.hosts.uninterrupted import Uninterrupted
+from tl_stream.precision import outside_autocast
 from tl_stream.tensors import BlockSparsePattern
 from tl_stream.tensors.retained import recomputable
 from tl_stream.tracing import run_with_sparse_cache
@@ -40,7 +42,7 @@ def distribute(
         blocks: Key blocks a query block and head, in the mean over the heads of all layers but `config.dense_layers`.
         config: Blocks and estimator, by whose shares the heads are judged; None: the defaults.
         at_most: Most blocks that a head can get.
-        **kwargs: As for `run_with_sparse_cache`.
+        **kwargs: As for `run_with_sparse_cache`, but no `names_filter` or `logits_to_keep`.
 
     Returns:
         A budget for `StreamConfig(k=...)`, at least 1 block a head.
@@ -52,9 +54,8 @@ def distribute(
     shares = HeadShares(model, as_config(config), at_most)
     if not 1 <= blocks <= at_most:
         raise ValueError(f"blocks was {blocks}, with at_most={at_most}; expected 1 <= blocks <= at_most.")
-    kwargs["names_filter"] = lambda name: False
     with shares.measured(model):
-        run_with_sparse_cache(model, tokens, config=dense_config(shares.config), logits_to_keep=1, **kwargs)
+        run_with_sparse_cache(model, tokens, config=dense_config(shares.config), logits_to_keep=1, names_filter=[], **kwargs)
     return shares.budget(round(blocks * shares.n_heads))
 
 
@@ -87,7 +88,7 @@ class HeadShares:
 
     def measured(self, model: Any) -> AbstractContextManager[Any]:
         """Within this context the model's next full run over the text is measured, layer by layer."""
-        return model.hooks(fwd_hooks=[(is_pattern, self._note)])
+        return Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, self._note)]))
 
     def budget(self, total: int) -> PerHead:
         """So many blocks over all heads, where they hold the most attention."""
@@ -106,6 +107,7 @@ class HeadShares:
             self.curves[layer] = curve(pattern, self.config, self.at_most)
 
 
+@outside_autocast
 def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Float[Tensor, "head_index rank"]:
     """The share of attention that the r-th best key block holds, in the mean over the query blocks of each head."""
     data, products = recomputable(pattern)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.abstract_attention import AbstractAttention
 
-from tl_stream.hosts.hooks import call_complete, check_length, stream, to_all_tokens, watch_gradient
-from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
+from tl_stream.hosts.arguments import check_tokens
+from tl_stream.hosts.hooks import call_complete, first_hook, stream, watch_gradient
+from tl_stream.hosts.installation import Installation
+from tl_stream.hosts.overrides import Overrides
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.products import Origin
@@ -30,17 +32,21 @@ def why_not(model: Any) -> str | None:
     return None
 
 
+def keywords(model: Any) -> set[str]:
+    """What a run takes beside the parameters of the model's own methods."""
+    return set()
+
+
 def attention_layers(model: Any) -> dict[int, AbstractAttention]:
     """The attention of each layer."""
     return {layer: block.attn for layer, block in enumerate(model.blocks)}
 
 
-def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
-    """Put Stream between q . k and the softmax of every layer, until `stack` is closed."""
-    stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
-    stack.enter_context(first_hook(model.hook_embed, partial(check_length, n_ctx=model.cfg.n_ctx)))
+def install(model: Any, installation: Installation) -> None:
+    """Put Stream between q . k and the softmax of every layer."""
+    installation.overrides.method(model, "input_to_embed", partial(_checked_input, model))
     for layer, attn in attention_layers(model).items():
-        _install_attention(attn, origin_of(layer), stack)
+        _install_attention(attn, partial(installation.origin, layer), installation.overrides)
 
 
 @contextmanager
@@ -61,27 +67,45 @@ def unchanged_on_error(run_arguments: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _install_attention(attn: AbstractAttention, origin: Origin, stack: ExitStack) -> None:
-    scores = partial(_capture_scores, attn, origin)
-    stack.enter_context(override_method(attn, "calculate_attention_scores", scores))
-    stack.enter_context(override_method(attn, "apply_causal_mask", partial(_apply_mask, attn)))
+def _checked_input(model: Any, original: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
+    """`input_to_embed` of tokens that the model knows; `to_tokens` checks texts."""
+    if isinstance(input, Tensor):
+        check_tokens(input, model.embed.W_E.shape[0], model.cfg.n_ctx)
+    return original(input, *args, **kwargs)
+
+
+def _install_attention(attn: AbstractAttention, origin_of: Callable[[], Origin], overrides: Overrides) -> None:
+    overrides.method(attn, "calculate_attention_scores", partial(_capture_scores, attn, origin_of))
+    overrides.method(attn, "apply_causal_mask", partial(_apply_mask, attn))
     if attn.cfg.positional_embedding_type == "alibi":
-        slopes = AbstractAttention.create_alibi_multipliers(attn.cfg.n_heads, attn.cfg.device)
-        stack.enter_context(override_attribute(attn, "alibi", AlibiBias(slopes, _ANY_LENGTH)))
-    for point in (attn.hook_attn_scores, attn.hook_pattern) if origin.is_exact else ():
-        stack.enter_context(override_method(point, "_call_impl", partial(call_complete, point)))
-    stack.enter_context(first_hook(attn.hook_attn_scores, stream))
-    stack.enter_context(first_hook(attn.hook_pattern, watch_gradient))
+        n_heads, device = attn.cfg.n_heads, attn.cfg.device
+        slopes = AbstractAttention.create_alibi_multipliers(n_heads, device)
+        make = partial(AbstractAttention.create_alibi_bias, n_heads, device=device)
+        overrides.put(attn.__dict__, "alibi", AlibiBias(slopes, _ANY_LENGTH, make))
+    first_hook(overrides, attn.hook_attn_scores, stream)
+    first_hook(overrides, attn.hook_pattern, watch_gradient)
+    for point in (attn.hook_attn_scores, attn.hook_pattern):
+        overrides.method(point, "_call_impl", partial(call_complete, point))
 
 
-def _capture_scores(attn: AbstractAttention, origin: Origin, q: Tensor, k: Tensor) -> Tensor:
+def _capture_scores(
+    attn: AbstractAttention, origin_of: Callable[[], Origin], original: Callable[..., Tensor], q: Tensor, k: Tensor
+) -> Tensor:
     """The model's own code, with q . k^T noted. The base class's: under grouped queries k is not expanded."""
-    with CaptureProduct(origin, attn.cfg.n_heads, k.shape[2]):
-        return AbstractAttention.calculate_attention_scores(attn, q, k)
+    capture = CaptureProduct(origin_of(), attn.cfg.n_heads, k.shape[2])
+    try:
+        with capture:
+            return AbstractAttention.calculate_attention_scores(attn, q, k)
+    finally:
+        capture.paused = True  # should Ctrl-C have kept torch from taking it off its stack of modes
 
 
 def _apply_mask(
-    attn: AbstractAttention, attn_scores: Tensor, past_kv_pos_offset: int = 0, attention_mask: Tensor | None = None
+    attn: AbstractAttention,
+    original: Callable[..., Tensor],
+    attn_scores: Tensor,
+    past_kv_pos_offset: int = 0,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """`apply_causal_mask` without a query_pos x key_pos tensor."""
     assert isinstance(attn_scores, AttentionScores)
