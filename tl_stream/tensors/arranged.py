@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_stream.tensors import attention_ops, composite, einsum, elementwise, slicing
+from tl_stream.tensors import attention_ops, elementwise, everywhere, slicing
 from tl_stream.tensors.arrangement import Arrangement
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.densify import flatten, make_dense
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.indexing import MAX_WINDOW, Picked
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.joined_entries import JoinedEntries
@@ -76,6 +77,10 @@ class ArrangedTensor(SparseTensor):
             return None
         return self.base, "".join(letters[order.index(d)] for d in range(len(letters)))
 
+    def row_and_key_dims(self) -> set[int]:
+        own = self.base.row_and_key_dims()
+        return {d for d, group in enumerate(self.arrangement.groups) if own & set(group)}
+
     def product(self, x: Tensor, transposed: bool) -> Any:
         n, groups = self.base.dim(), self.arrangement.groups
         if groups[-2:] == ((n - 1,), (n - 2,)):
@@ -85,6 +90,15 @@ class ArrangedTensor(SparseTensor):
         lead = (*groups[:-2], (n - 2,), (n - 1,))
         result = self.base.product(Arrangement((*self.base.shape[:-2], *x.shape[-2:]), lead).undo(x), transposed)
         return result if result is NotImplemented else _shown(result, lead)
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        n, groups = self.base.dim(), self.arrangement.groups
+        if groups[-2:] == ((n - 1,), (n - 2,)):
+            rows, keys = keys, rows
+        elif groups[-2:] != ((n - 2,), (n - 1,)):
+            return NotImplemented
+        result = self.base.grouped(rows, keys, how)
+        return result if result is NotImplemented else _shown(result, groups)
 
     def stored_tensors(self) -> list[Tensor]:
         return self.base.stored_tensors()
@@ -103,12 +117,14 @@ def arrange(base: SparseTensor, groups: tuple[tuple[int, ...], ...]) -> SparseTe
 
 
 def rearrange(tensor: SparseTensor, view: Callable[[Tensor], Tensor]) -> Any:
-    """What a function that only rearranges dimensions makes of a sparse tensor; NotImplemented where it splits one."""
+    """What a function that only rearranges dimensions makes of a sparse tensor; NotImplemented where it can't be said."""
+    from tl_stream.tensors.split import split
+
     before, base = Arrangement.plain(tuple(tensor.shape)), tensor
     if isinstance(tensor, ArrangedTensor):
         before, base = tensor.arrangement, tensor.base
     after = before.change(view)
-    return NotImplemented if after is None else arrange(base, after.groups)
+    return split(tensor, view) if after is None else arrange(base, after.groups)
 
 
 def _shown(result: Any, groups: tuple[tuple[int, ...], ...]) -> Any:
@@ -242,7 +258,5 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "contiguous": _clone,
     "deepcopy": _clone,
     "dropout": attention_ops.HANDLERS["dropout"],
-    **composite.HANDLERS,
-    **einsum.HANDLERS,
-    **slicing.HANDLERS,
+    **everywhere.HANDLERS,
 }

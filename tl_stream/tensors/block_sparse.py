@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.lazy_data import LazyData
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.view import View
@@ -135,6 +136,11 @@ class BlockSparseTensor(SparseTensor):
         from tl_stream.tensors.attention_ops import product
 
         return product(self, x, transposed)
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        from tl_stream.tensors.grouping import grouped
+
+        return grouped(self, rows, keys, how)
 
     def __copy__(self) -> Any:
         return self.alias(detached=True)  # as torch: the same memory, and no gradient

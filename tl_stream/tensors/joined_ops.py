@@ -14,9 +14,8 @@ from torch import Tensor
 from tl_stream.tensors import (
     attention_ops,
     backward_hooks,
-    composite,
-    einsum,
     elementwise,
+    everywhere,
     gradients,
     of_parts,
     positions,
@@ -156,9 +155,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "stack": stack,
     "cat": sink.cat,
     **of_parts.HANDLERS,
-    **composite.HANDLERS,
-    **einsum.HANDLERS,
-    **slicing.HANDLERS,
+    **everywhere.HANDLERS,
     **gradients.HANDLERS,
     **backward_hooks.HANDLERS,
 }

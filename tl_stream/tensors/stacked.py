@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tl_stream.layout import MAX_DENSE_ENTRIES
-from tl_stream.tensors import composite, einsum, elementwise, of_parts, slicing
+from tl_stream.tensors import elementwise, everywhere, of_parts, slicing
 from tl_stream.tensors.arranged import REARRANGING, rearrange
 from tl_stream.tensors.densify import flatten, make_dense
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
 from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.slice_view import SliceView, Source
@@ -62,6 +63,10 @@ class StackedTensor(TensorOfParts):
     def product(self, x: Tensor, transposed: bool) -> Any:
         each = x.dim() == self.dim()
         results = [part.product(x[i if len(x) > 1 else 0] if each else x, transposed) for i, part in enumerate(self.parts)]
+        return NotImplemented if any(x is NotImplemented for x in results) else torch.stack(results)
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        results = [part.grouped(rows, keys, how) for part in self.parts]
         return NotImplemented if any(x is NotImplemented for x in results) else torch.stack(results)
 
 
@@ -244,7 +249,5 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "stack": stack,
     "cat": cat,
     **of_parts.HANDLERS,
-    **composite.HANDLERS,
-    **einsum.HANDLERS,
-    **slicing.HANDLERS,
+    **everywhere.HANDLERS,
 }

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin
 
@@ -83,8 +84,16 @@ class SparseTensor(Wrapper):
         """The tensor with query and key last, and the letters of its dimensions in that order; None where some are merged."""
         return self, letters
 
+    def row_and_key_dims(self) -> set[int]:
+        """The dimensions that show rows or keys, alone or merged with others."""
+        return {self.dim() - 2, self.dim() - 1}
+
     def product(self, x: Tensor, transposed: bool) -> Any:
         """`self @ x`, or `self.mT @ x`, where x broadcasts over the dimensions before those; NotImplemented if unknown."""
+        raise NotImplementedError
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        """Sum, maximum or minimum over each group of rows x group of keys, an ordinary tensor; NotImplemented if unknown."""
         raise NotImplementedError
 
     def stored_tensors(self) -> list[Tensor]:
