@@ -77,6 +77,10 @@ class ArrangedTensor(SparseTensor):
             return None
         return self.base, "".join(letters[order.index(d)] for d in range(len(letters)))
 
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
     def row_and_key_dims(self) -> set[int]:
         own = self.base.row_and_key_dims()
         return {d for d, group in enumerate(self.arrangement.groups) if own & set(group)}

@@ -50,6 +50,8 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
             f"{name}: with forward='exact' it would not reach what was not recorded. Assign x[..., keys] = value (or x[mask] = "
             "value), which records what it writes to."
         )
+    if any(x.shape != leader.shape for x in sparse):
+        return _broadcast(func, args, kwargs, [x.shape for x in sparse])
     if any(not _aligned(leader, x) for x in sparse):
         return NotImplemented
     if any(isinstance(x, Tensor) and _too_large(x, leader) for x in (*args, *kwargs.values())):
@@ -122,6 +124,18 @@ def _never_nan(tensor: BlockSparseTensor) -> bool:
     """A pattern as the softmax gave it: that gives 0, never NaN, for a row that reads nothing."""
     data = tensor._data
     return (isinstance(data, PatternData) or data.rest is not None) and data.version == 0
+
+
+def _broadcast(func: Any, args: tuple, kwargs: dict, shapes: list[torch.Size]) -> Any:
+    """`func` of sparse tensors that differ in texts or heads, as of the mean over heads, expanded; rows and keys must agree."""
+    if any(shape[-2:] != shapes[0][-2:] for shape in shapes):
+        return NotImplemented
+    shape = torch.broadcast_shapes(*shapes)
+
+    def expanded(x: Any) -> Any:
+        return x.expand(shape) if isinstance(x, BlockSparseTensor) else x
+
+    return func(*map(expanded, args), **{key: expanded(x) for key, x in kwargs.items()})
 
 
 def _uniform_choice(condition: Any, chosen: Any, other: Any) -> Any:

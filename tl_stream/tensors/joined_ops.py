@@ -91,11 +91,26 @@ def _reduce(tensor: JoinedTensor, name: str, func: Any, dim: Any, keepdim: bool,
         if name in ("argmax", "argmin"):
             return _argument(tensor, name, keepdim)
         parts = [func(part, **options) for part, _ in tensor.shown]
-    elif name in ("max", "min"):
-        return NotImplemented
+    elif name in ("max", "min", "argmax", "argmin"):
+        return _in_columns(tensor, name, keepdim)
     else:
         parts = [func(part, dim=own, keepdim=keepdim, **options) for part, _ in tensor.shown]
     return reduce(_OVER_PARTS[name], parts) if name in _OVER_PARTS else NotImplemented
+
+
+def _in_columns(tensor: JoinedTensor, name: str, keepdim: bool) -> Any:
+    """The extreme of each column and its row, or the latter alone: the first of equal ones."""
+    largest = name.endswith("max")
+    best = index = None
+    for part, rows in tensor.shown:
+        found = part.max(-2, keepdim) if largest else part.min(-2, keepdim)
+        if best is None:
+            best, index = found.values, found.indices
+            continue
+        better = found.values > best if largest else found.values < best
+        best, index = torch.where(better, found.values, best), torch.where(better, found.indices + rows.start, index)
+    make = torch.return_types.max if largest else torch.return_types.min
+    return index if name.startswith("arg") else make((best, index))
 
 
 def _argument(tensor: JoinedTensor, name: str, keepdim: bool) -> Any:

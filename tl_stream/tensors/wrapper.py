@@ -88,6 +88,11 @@ class SparseTensor(Wrapper):
         """The dimensions that show rows or keys, alone or merged with others."""
         return {self.dim() - 2, self.dim() - 1}
 
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape before dimensions were rearranged: rows and keys last."""
+        return tuple(self.shape)
+
     def product(self, x: Tensor, transposed: bool) -> Any:
         """`self @ x`, or `self.mT @ x`, where x broadcasts over the dimensions before those; NotImplemented if unknown."""
         raise NotImplementedError
