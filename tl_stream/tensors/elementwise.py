@@ -12,6 +12,7 @@ from tl_stream.tensors import indexing
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.names import IN_PLACE_OPERATORS
+from tl_stream.tensors.outside import Outside, after
 from tl_stream.tensors.pattern_data import PatternData
 
 _BASE = {
@@ -68,8 +69,9 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     if fill is None:
         return NotImplemented
     result = func(*map(at_blocks, args), **{key: at_blocks(x) for key, x in kwargs.items()})
-    watches = dict.fromkeys(each for x in sparse for each in x._data.watches)
-    return leader.with_data(BlockData(layout, fill, leader._data.origin, result, watches=tuple(watches)))
+    watches = tuple(dict.fromkeys(each for x in sparse for each in x._data.watches))
+    outside = after(name, args, kwargs, leader) if leader.origin.is_exact else None
+    return leader.with_data(BlockData(layout, fill, leader._data.origin, result, watches=watches, outside=outside))
 
 
 def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
@@ -93,6 +95,7 @@ def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
     whole = target._view.is_whole(target._data.layout.shape) and not target._detached
     if whole and result._data.layout is target._data.layout:
         target._data.values, target._data.fill = result._data.values.to(target.dtype), result.fill
+        target._data.outside = result._data.outside
         target._data.version += 1
     else:
         indexing.write(target, ..., result)
@@ -117,7 +120,8 @@ def _uniform(leader: BlockSparseTensor, value: Any, dtype: torch.dtype) -> Block
     layout = empty_layout(leader._narrow_layout())
     shape = (layout.batch, layout.n_heads, layout.n_q_blocks, layout.block_q, 0)
     values = torch.zeros(shape, dtype=dtype, device=layout.device)
-    return leader.with_data(BlockData(layout, value, leader._data.origin, values))
+    outside = Outside(leader._data.edits.of, 0.0, float(value)) if leader.origin.is_exact else None
+    return leader.with_data(BlockData(layout, value, leader._data.origin, values, outside=outside))
 
 
 def _never_nan(tensor: BlockSparseTensor) -> bool:

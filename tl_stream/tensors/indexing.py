@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.outside import Outside
 from tl_stream.tensors.record import not_recorded, record
 from tl_stream.tensors.row_writes import fits, write_rows
 from tl_stream.tensors.slice_view import SliceView, Source
@@ -104,7 +105,11 @@ def _write_scalar(data: BlockData, selection: Selection, value: Any) -> None:
     if selection.numel == 0:
         return
     batch, head, rows, keys = selection.membership(data.layout.shape, data.layout.device)
-    if data.hides_entries:
+    view = selection.as_view(data.layout.shape[-1])
+    if data.hides_entries and view is not None and number == data.fill == 0:
+        edits = data.edits
+        data.outside = edits.with_rows(view, data.layout.shape, Outside(edits.of, 0.0))
+    elif data.hides_entries:
         record(data, batch, head, rows, keys)
     inside = _in_blocks(data, batch, head, rows, keys)
     if isinstance(number, Tensor) or not _same(number, data.fill):
