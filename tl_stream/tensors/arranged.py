@@ -157,7 +157,7 @@ def _entrywise(leader: ArrangedTensor, name: str, func: Any, args: tuple, kwargs
     try:
         result = func(*map(own, args), **{key: own(x) for key, x in kwargs.items()})
     except _DoesNotFit:
-        return NotImplemented
+        return NotImplemented if is_in_place(name, kwargs) else elementwise.broadcast(func, args, kwargs)
     return args[0] if is_in_place(name, kwargs) else _shown(result, leader.arrangement.groups)
 
 
@@ -224,6 +224,10 @@ def _getitem(tensor: Any, key: Any) -> Any:
     if not isinstance(tensor, ArrangedTensor):
         return NotImplemented
     found = index(tensor, key)
+    if found is NotImplemented and isinstance(key, slice) and 0 not in tensor.row_and_key_dims() and range(len(tensor))[key]:
+        from tl_stream.tensors.stacked import StackedTensor
+
+        return StackedTensor(tuple(tensor[i] for i in range(len(tensor))[key]))  # of views, through which writes go
     picked = _picked(tensor, lambda shown: shown[key]) if found is NotImplemented else None
     return found if picked is None else picked.read()
 
@@ -253,11 +257,24 @@ def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return ArrangedTensor(tensor.base.clone(), tensor.arrangement)
 
 
+def _put_together(name: str) -> Callable[..., Any]:
+    """`stack` or `cat`."""
+
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        from tl_stream.tensors import stacked
+
+        return getattr(stacked, name)(*args, **kwargs)
+
+    return handler
+
+
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": _getitem,
     "setitem": _setitem,
     "diagonal": _diagonal,
     "topk": _topk,
+    "stack": _put_together("stack"),
+    "cat": _put_together("cat"),
     "clone": _clone,
     "contiguous": _clone,
     "deepcopy": _clone,

@@ -19,7 +19,7 @@ from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.lazy_data import LazyData
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.view import View
-from tl_stream.tensors.wrapper import SparseTensor
+from tl_stream.tensors.wrapper import TO_LOOK_AT, SparseTensor
 
 
 class BlockSparseTensor(SparseTensor):
@@ -88,7 +88,7 @@ class BlockSparseTensor(SparseTensor):
             ValueError: More entries than `tl_stream.layout.MAX_DENSE_ENTRIES`.
         """
         layout = self._narrow_layout()
-        layout.check_dense()
+        self.check_dense()
         values = self.shown_values()
         indices, used = layout.rows()
         # Slots that are not used go to one more key block, which is cut off.
@@ -100,6 +100,13 @@ class BlockSparseTensor(SparseTensor):
         rows = self._view.rows
         dense = dense.flatten(2, 3)[:, :, rows.start : rows.stop, : layout.mask.key_length]
         return self.drop_indexed(dense)
+
+    def check_dense(self) -> None:
+        """Raise ValueError where `to_dense` would make more entries than it may."""
+        try:
+            self._narrow_layout().check_dense()
+        except ValueError as error:
+            raise ValueError(f"{error} {TO_LOOK_AT}") from None
 
     def stored_tensors(self) -> list[Tensor]:
         return self._data.stored_tensors()

@@ -65,6 +65,10 @@ def _vecdot(a: Any, b: Any, *, dim: int = -1) -> Any:
     return (a * b).sum(dim)
 
 
+def _count_nonzero(tensor: Any, dim: Any = None) -> Any:
+    return (tensor != 0).sum(dim)
+
+
 def _trace(tensor: Any) -> Any:
     if tensor.dim() != 2:
         raise RuntimeError(f"trace: expected a matrix, but the input has {tensor.dim()} dimensions.")
@@ -190,6 +194,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "linalg_matrix_norm": _matrix_norm,
     "linalg_norm": _linalg_norm,
     "linalg_vecdot": _vecdot,
+    "count_nonzero": _count_nonzero,
     "trace": _trace,
     "dist": _dist,
     "pairwise_distance": _pairwise_distance,

@@ -9,16 +9,11 @@ from torch import Tensor
 
 from tl_stream.tensors.names import is_in_place
 from tl_stream.tensors.slice_view import SliceView, Source
-from tl_stream.tensors.wrapper import SparseTensor
+from tl_stream.tensors.wrapper import TO_LOOK_AT, SparseTensor
 
 
-_TO_LOOK_AT = (
-    "To look at it, take a window (x[..., 100:200, :100]), pool it (einops.reduce(x, '... (q s) (k t) -> ... q k', 'mean', s=64, "
-    "t=64), torch.nn.functional.avg_pool2d(x, 64)), take means by sentence (tl_stream.analysis.sentence_matrix(cache, layer, "
-    "sentences)), or let tl_stream.viz.heads_view(cache, [(layer, head)], tokens) show it by block."
-)
 _INSTEAD = {
-    **dict.fromkeys(("tolist", "numpy", "array"), _TO_LOOK_AT),
+    **dict.fromkeys(("tolist", "numpy", "array"), TO_LOOK_AT),
     **dict.fromkeys(
         ("matmul", "rmatmul", "bmm", "mm", "einsum"),
         "The product of two patterns is not sparse in blocks; take it times a vector or values, from the right: p @ (q @ v), or "

@@ -61,9 +61,12 @@ def _einsum(operands: list[Operand], output: str) -> Any:
         tensor, own = operands[i]
         if own[-2:-1] == own[-1:]:
             return _einsum(_replaced(operands, i, (tensor.diagonal(0, -2, -1), own[:-1])), output)
-        laid_out = tensor.in_own_order(own)
-        if laid_out is None or len(set(own)) != len(own):
+        if len(set(own)) != len(own):
             return NotImplemented
+        laid_out = tensor.in_own_order(own)
+        if laid_out is None:
+            before = [letter for d, letter in enumerate(own) if d not in tensor.row_and_key_dims()]
+            return _one_by_one(operands, before[0], output) if before else NotImplemented
         operands = _replaced(operands, i, laid_out)
     for i in sparse:
         step = _step(operands, i, output, alone=len(sparse) == 1)
@@ -76,8 +79,6 @@ def _einsum(operands: list[Operand], output: str) -> Any:
     spread = [letter for i in sparse for letter in operands[i][1] if any(letter not in operands[j][1] for j in sparse)]
     if not spread:
         return _multiply(first, [operand for operand in operands if operand is not first], output)
-    if query in output and key in output:
-        return NotImplemented
     return _one_by_one(operands, spread[0], output)
 
 
@@ -130,7 +131,7 @@ def _one_by_one(operands: list[Operand], letter: str, output: str) -> Any:
             for x, letters in operands
         ]
         results.append(_einsum(taken, output.replace(letter, "")))
-        if results[-1] is NotImplemented:
+        if results[-1] is NotImplemented or isinstance(results[-1], SparseTensor):
             return NotImplemented
     return torch.stack(results, output.index(letter)) if letter in output else sum(results[1:], results[0])
 

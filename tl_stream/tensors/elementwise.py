@@ -14,6 +14,7 @@ from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.names import IN_PLACE_OPERATORS
 from tl_stream.tensors.outside import Outside, after
 from tl_stream.tensors.pattern_data import PatternData
+from tl_stream.tensors.wrapper import SparseTensor
 
 _BASE = {
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "pow", "neg", "negative",
@@ -52,7 +53,7 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
             "value), which records what it writes to."
         )
     if any(x.shape != leader.shape for x in sparse):
-        return _broadcast(func, args, kwargs, [x.shape for x in sparse])
+        return broadcast(func, args, kwargs)
     if any(not _aligned(leader, x) for x in sparse):
         return NotImplemented
     if any(isinstance(x, Tensor) and _too_large(x, leader) for x in (*args, *kwargs.values())):
@@ -130,14 +131,15 @@ def _never_nan(tensor: BlockSparseTensor) -> bool:
     return (isinstance(data, PatternData) or data.rest is not None) and data.version == 0
 
 
-def _broadcast(func: Any, args: tuple, kwargs: dict, shapes: list[torch.Size]) -> Any:
-    """`func` of sparse tensors that differ in texts or heads, as of the mean over heads, expanded; rows and keys must agree."""
-    if any(shape[-2:] != shapes[0][-2:] for shape in shapes):
+def broadcast(func: Any, args: tuple, kwargs: dict) -> Any:
+    """`func` of sparse tensors that differ in texts or heads, as of a mean over heads, expanded; NotImplemented else."""
+    shapes = {x.shape for x in (*args, *kwargs.values()) if isinstance(x, SparseTensor)}
+    if len(shapes) == 1 or len({shape[-2:] for shape in shapes}) > 1:
         return NotImplemented
     shape = torch.broadcast_shapes(*shapes)
 
     def expanded(x: Any) -> Any:
-        return x.expand(shape) if isinstance(x, BlockSparseTensor) else x
+        return x.expand(shape) if isinstance(x, SparseTensor) else x
 
     return func(*map(expanded, args), **{key: expanded(x) for key, x in kwargs.items()})
 

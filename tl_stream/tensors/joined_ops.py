@@ -166,7 +166,6 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **{name: _triangle(name) for name in ("tril", "triu")},
     **{f"{name}_": _triangle_in_place(name) for name in ("tril", "triu")},
     "fill_diagonal_": positions.HANDLERS["fill_diagonal_"],
-    "count_nonzero": reductions.HANDLERS["count_nonzero"],
     "stack": stack,
     "cat": sink.cat,
     **of_parts.HANDLERS,

@@ -230,6 +230,5 @@ def _groups(tensor: SplitTensor, d: int, reduced: set[int]) -> tuple[Groups, lis
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "nansum": reductions.HANDLERS["nansum"],
-    "count_nonzero": reductions.HANDLERS["count_nonzero"],
     **composite.HANDLERS,
 }

@@ -12,6 +12,7 @@ import torch
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
+from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.slicing import at, dimensions
 from tl_stream.tensors.wrapper import SparseTensor
 
@@ -81,6 +82,8 @@ def _chosen(tensor: Any, d: int, index: list[int]) -> Any:
         return NotImplemented
     if isinstance(tensor, BlockSparseTensor | JoinedTensor):
         return at(tensor, d, index)
+    if isinstance(tensor, TensorOfParts) and d:
+        return type(tensor)(tuple(_chosen(part, d - 1, index) for part in tensor.parts))
     return torch.stack([at(tensor, d, i) for i in index], d)
 
 

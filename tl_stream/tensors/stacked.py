@@ -22,7 +22,7 @@ from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduct
 from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.view import is_integer
-from tl_stream.tensors.wrapper import SparseTensor
+from tl_stream.tensors.wrapper import TO_LOOK_AT, SparseTensor
 
 
 class StackedTensor(TensorOfParts):
@@ -56,7 +56,7 @@ class StackedTensor(TensorOfParts):
         if self.numel() > MAX_DENSE_ENTRIES:
             raise ValueError(
                 f"to_dense() would make {tuple(self.shape)} = {self.numel():,} entries; at most {MAX_DENSE_ENTRIES:,} are "
-                "made. Take one layer, fewer heads or a range of queries."
+                f"made. Take one layer, fewer heads or a range of queries. {TO_LOOK_AT}"
             )
         return torch.stack([part.to_dense() for part in self.parts])
 
@@ -171,7 +171,7 @@ def _entrywise(leader: StackedTensor, name: str, func: Any, args: tuple, kwargs:
     """Entry by entry, in place or not, on each part; other tensors broadcast."""
     operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
     if any(isinstance(x, SparseTensor) and x.shape not in (leader.shape, leader.shape[1:]) for x in operands):
-        return NotImplemented
+        return NotImplemented if is_in_place(name, kwargs) else elementwise.broadcast(func, args, kwargs)
     if any(torch.broadcast_shapes(x.shape, leader.shape) != leader.shape for x in operands):
         return NotImplemented
 
