@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,9 +162,9 @@ BY_SENTENCE: dict[str, Callable[[Any], Any]] = {
     "means": lambda p: zeros(p, rows(p), 90).scatter_reduce(
         -1, sentence(keys(p)).expand(p.shape), p, "mean", include_self=False
     ),
-    "means beside what was there": lambda p: (zeros(p, rows(p), 12) + 1).index_reduce(-1, sentence(keys(p)), p, "mean"),
-    "maxima": lambda p: zeros(p, 12, keys(p)).scatter_reduce(-2, sentence(rows(p))[:, None].expand(p.shape), p, "amax"),
-    "minima": lambda p: zeros(p, 12, keys(p)).index_reduce(p.dim() - 2, sentence(rows(p)), p, "amin", include_self=False),
+    "means beside what was there": lambda p: (zeros(p, rows(p), 90) + 1).index_reduce(-1, sentence(keys(p)), p, "mean"),
+    "maxima": lambda p: zeros(p, 90, keys(p)).scatter_reduce(-2, sentence(rows(p))[:, None].expand(p.shape), p, "amax"),
+    "minima": lambda p: zeros(p, 90, keys(p)).index_reduce(p.dim() - 2, sentence(rows(p)), p, "amin", include_self=False),
     "index_put": lambda p: torch.zeros(count(rows(p)), count(keys(p)), dtype=p.dtype).index_put(
         (sentence(rows(p))[:, None], sentence(keys(p))), p.flatten(0, -3)[2], accumulate=True
     ),
@@ -287,3 +288,125 @@ def test_idiom(kind: Any, name: str) -> None:
     assert not pattern.origin.fallbacks
     if name not in REPEATED:
         assert not isinstance(found, SparseTensor)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 61])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_at_any_length(name: str, length: int) -> None:
+    if length < 22 and ("rows" in name or name == "of a head"):
+        pytest.skip("there are no such rows")
+    pattern = run(tokens(length))["pattern", 1]
+    assert_same(EXTREMES[name](pattern), EXTREMES[name](pattern.to_dense()))
+
+
+GRADIENTS = [
+    "einops mean", "einops max", "avg_pool2d, overlapping", "index_add in two steps", "scatter_add", "means", "interleaved",
+    "heads' similarity", "a head with each", "membership by einsum", "Frobenius", "trace", "max of columns, kept",
+    "a mean broadcast",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dense_queries", [0, 13])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients(name: str, dense_queries: int) -> None:
+    model, text, config = build("gqa"), tokens(T), replace(CONFIG, dense_queries=dense_queries)
+    losses: list[Tensor] = []
+
+    def note(pattern: Any, hook: Any) -> None:
+        found = IDIOMS[name](pattern)
+        losses.append(((found[0] if isinstance(found, tuple) else found) ** 2).sum())
+
+    with tl_stream.sparse(model, config) as trace:
+        model.run_with_hooks(text, fwd_hooks=[("blocks.1.attn.hook_pattern", note)])
+    with model.hooks(fwd_hooks=mask_hooks(run(text, config))):
+        model.run_with_hooks(text, fwd_hooks=[("blocks.1.attn.hook_pattern", note)])
+    found, expected = (torch.autograd.grad(loss, model.W_E)[0] for loss in losses)
+    assert gap(found, expected) < 1e-9 * expected.abs().max()
+    assert not trace.fallbacks
+
+
+@pytest.fixture(scope="module")
+def large() -> Any:
+    config = replace(CONFIG, block_q=16, block_k=16, k=2)
+    with torch.no_grad():
+        return build("gqa", torch.float32, n_ctx=2048, n_layers=2).run_with_sparse_cache(tokens(1920, batch=1), config=config)[
+            1
+        ]
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce")
+@pytest.mark.parametrize("name", [name for name in IDIOMS if name not in ("adaptive maximum", "means")])
+def test_no_idiom_makes_a_square_tensor(large: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_stream.attention.chunks.CHUNK_ENTRIES", 2**15)
+    monkeypatch.setattr("tl_stream.tensors.grouping._ENTRIES_AT_ONCE", 2**15)
+    pattern = large["pattern", 1]
+    with LargestTensor() as watch:
+        IDIOMS[name](pattern)
+    assert watch.numel < 4 * 1920 * 1920 / 4
+    assert not large.fallbacks
+
+
+def test_what_is_still_large_when_pooled_is_refused_with_its_size() -> None:
+    model = build("gqa", torch.float32, n_ctx=20_000, n_layers=1)
+    with torch.no_grad():
+        _, cache = model.run_with_sparse_cache(
+            tokens(20_000, batch=1),
+            config=replace(CONFIG, block_q=64, block_k=64, estimator="window", k=2),
+            names_filter=["blocks.0.attn.hook_pattern"],
+            logits_to_keep=1,
+        )
+    pattern = cache["pattern", 0]
+    size = r"would make 400,000,000 numbers; at most 16,777,216 come back dense"
+    for pool in (
+        lambda p: einops.reduce(p, "b h (q s) (k t) -> b h q k", "mean", s=2, t=2),
+        lambda p: F.avg_pool2d(p, 2),
+    ):
+        with LargestTensor() as watch, pytest.raises(ValueError, match=size):
+            pool(pattern)
+        assert watch.numel < 2**22
+    pooled = einops.reduce(pattern, "b h (q s) (k t) -> b h q k", "sum", s=100, t=100)
+    assert gap(pooled.sum((-2, -1)), torch.full((1, 4), 20_000.0)) < 1
+    for look in (lambda p: p.tolist(), lambda p: p.detach().cpu().numpy(), lambda p: np.asarray(p), lambda p: p.to_dense()):
+        with pytest.raises(
+            (NotImplementedError, ValueError), match=r"tl_stream.viz.heads_view\(cache, \[\(layer, head\)\], tokens\)"
+        ):
+            look(pattern)
+    for product in (lambda p: p @ p, lambda p: torch.einsum("hqj,hjk->hqk", p[0], p[0])):
+        with pytest.raises(NotImplementedError, match=r"not sparse in blocks; .* p @ \(q @ v\)"):
+            product(pattern)
+    with pytest.raises(NotImplementedError, match=r"x.sum\(-2\).flip\(-1\)"):
+        pattern.flip(-1)
+
+
+def test_heads_of_several_layers_in_circuitsvis() -> None:
+    names = [f"w{i}" for i in range(T)]
+    cache = run(tokens(T), replace(CONFIG, max_dense=2**14))
+    heads = [cache["pattern", 0][0, 0], cache["pattern", 1][1, 3]]
+    stacks = torch.stack(heads), torch.stack([head.to_dense() for head in heads])
+    pages = [circuitsvis.attention_heads(attention=stack, tokens=names).local_src for stack in stacks]
+    assert len({re.sub(r"circuits-vis-[\w-]+", "", page) for page in pages}) == 1
+    with pytest.raises(NotImplementedError, match=r"\(16, 60, 60\) = 57,600 entries .* tl_stream.viz.heads_view"):
+        circuitsvis.attention_heads(attention=torch.stack(heads * 8), tokens=names)
+
+
+def test_viz_is_there_and_imported_when_asked_for() -> None:
+    assert tl_stream.viz.heads_view is not None
+    code = "import sys, tl_stream; assert 'circuitsvis' not in sys.modules; tl_stream.viz.heads_view; tl_stream.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "module 'tl_stream' has no attribute 'nothing'" in done.stderr
+
+
+def test_a_cache_is_saved_by_its_own_method() -> None:
+    cache = run(tokens(T))
+    for save in (lambda: torch.save(cache, io.BytesIO()), lambda: pickle.dumps(cache), lambda: pickle.dumps({"run": cache})):
+        with pytest.raises(TypeError, match=r"call cache.save\(path\), and SparseActivationCache.load"):
+            save()
+    copied, shallow = copy.deepcopy(cache), copy.copy(cache)
+    before = cache["pattern", 1].to_dense()
+    copied["pattern", 1][:, 1] = 0
+    copied["z", 1].zero_()
+    assert gap(cache["pattern", 1], before) == 0
+    assert cache["z", 1].abs().max() > 0
+    assert copied.model is cache.model
+    assert shallow["z", 1] is cache["z", 1]
+    assert (shallow.config, copied.pruned) == (cache.config, cache.pruned)

@@ -53,9 +53,9 @@ def complete(before: Tensor, after: Any, hook: Any) -> Any:
         data.rest, data.outside = data.find_rest(), None
         if data.rest is None and not data.layout.is_full:
             raise NotImplementedError(
-                f"A hook on {hook.name} computed its result from what was recorded of layer {data.origin.layer}; what became of "
-                "the rest isn't known, and with forward='exact' the model reads it. Multiply by numbers, or by tensors with one "
-                "number a row (scores may be shifted by them, too), assign numbers (x[...] = value), or use forward='sparse'."
+                f"A hook on {hook.name} computed its result from what was recorded of layer {data.origin.layer}; what became "
+                "of the rest isn't known, and with forward='exact' the model reads it. Multiply by numbers, or by tensors with "
+                "one number a row (scores may be shifted by them, too), assign x[...] = number, or use forward='sparse'."
             )
     return type(after)(data, after._view, after.dtype, after._detached)
 

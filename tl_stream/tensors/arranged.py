@@ -73,9 +73,11 @@ class ArrangedTensor(SparseTensor):
 
     def in_own_order(self, letters: str) -> tuple[Any, str] | None:
         order = [group[0] for group in self.arrangement.groups if len(group) == 1]
-        if sorted(order) != list(range(len(letters))):
+        hidden = [d for d, n in enumerate(self.arrangement.own) if n == 1 and d not in order]
+        if len(order) != len(letters) or sorted(order + hidden) != list(range(self.base.dim())):
             return None
-        return self.base, "".join(letters[order.index(d)] for d in range(len(letters)))
+        base = self.base[tuple(0 if d in hidden else slice(None) for d in range(self.base.dim()))] if hidden else self.base
+        return base, "".join(letters[order.index(d)] for d in sorted(order))
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -227,7 +229,8 @@ def _getitem(tensor: Any, key: Any) -> Any:
     if found is NotImplemented and isinstance(key, slice) and 0 not in tensor.row_and_key_dims() and range(len(tensor))[key]:
         from tl_stream.tensors.stacked import StackedTensor
 
-        return StackedTensor(tuple(tensor[i] for i in range(len(tensor))[key]))  # of views, through which writes go
+        members: Any = tensor
+        return StackedTensor(tuple(members[i] for i in range(len(tensor))[key]))  # of views, through which writes go
     picked = _picked(tensor, lambda shown: shown[key]) if found is NotImplemented else None
     return found if picked is None else picked.read()
 

@@ -27,7 +27,7 @@ def first_rows_of(
 def _first_outside(tensor: BlockSparseTensor) -> Int[Tensor, "*batch_and_head key_pos"]:
     """The first row of each column that lies in no kept block; the number of rows, or more, where there is none.
 
-    Of the query blocks that keep a key block, in order, those that are the first, the second, ... of all without a gap lie before it.
+    Of the query blocks that keep a key block, those lie before it that are the first, second, ... of all without a gap.
     """
     layout, shown = tensor.block_layout, tensor._view.rows
     start = shown.start // layout.block_q

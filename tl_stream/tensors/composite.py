@@ -27,7 +27,7 @@ def _log_softmax(scores: Any, dim: int, _stacklevel: int = 3, dtype: torch.dtype
 
 def _norm(tensor: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None) -> Any:
     """Of all entries along `dim`, taken as one vector, as `torch.linalg.vector_norm`."""
-    if out is not None or not isinstance(p, int | float | None) and p != "fro":
+    if out is not None or (isinstance(p, str) and p != "fro"):
         return NotImplemented
     tensor = tensor if dtype is None else tensor.to(dtype)
     if p in (None, 2, "fro"):
@@ -92,9 +92,9 @@ def _with_mean(name: str) -> Callable[..., Any]:
     """`torch.var_mean` and `torch.std_mean`."""
 
     def handler(tensor: Any, dim: Any = None, *args: Any, **options: Any) -> Any:
-        given = (args[1:] and {"keepdim": args[1]}) or {key: x for key, x in options.items() if key == "keepdim"}
+        keepdim = options.get("keepdim", args[1] if len(args) > 1 else False)
         spread = getattr(tensor, name)(dim, *args, **options)
-        return spread, tensor.mean(None if isinstance(dim, bool) else dim, **given)
+        return spread, tensor.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
     return handler
 

@@ -2,11 +2,11 @@
 
 `einsum` takes these steps, until an ordinary einsum is left:
 
-1. An ordinary operand that shares the key (or the query) letter of a sparse one, which is summed over, is contracted with it by a
-   product of matrices. So two patterns and a vector are two products. Of several sparse operands, one whose keys (or queries)
-   no other has is summed over those.
-2. Sparse operands that share query and key are multiplied entry by entry with whatever has only their letters, and summed; where
-   they differ in other letters (two patterns' heads, each with each), for one index of those after the other.
+1. An ordinary operand that shares the key (or the query) letter of a sparse one, which is summed over, is contracted with it
+   by a product of matrices. So two patterns and a vector are two products. Of several sparse operands, one whose keys (or
+   queries) no other has is summed over those.
+2. Sparse operands that share query and key are multiplied entry by entry with whatever has only their letters, and summed;
+   where they differ in other letters (two patterns' heads, each with each), for one index of those after the other.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def _einsum(operands: list[Operand], output: str) -> Any:
         if step is not None:
             return step if step is NotImplemented else _einsum(step, output)
     first = operands[sparse[0]]
-    query, key = first[1][-2:]
-    if any(operands[i][1][-2:] != query + key for i in sparse):
+    if any(operands[i][1][-2:] != first[1][-2:] for i in sparse):
         return NotImplemented
     spread = [letter for i in sparse for letter in operands[i][1] if any(letter not in operands[j][1] for j in sparse)]
     if not spread:

@@ -1,4 +1,4 @@
-"""Sums by sentence and the like, into an ordinary tensor: `index_add`, `scatter_add`, `index_reduce`, `index_put` and their kin."""
+"""Sums by sentence and the like, into an ordinary tensor: `index_add`, `scatter_add`, `index_put` and their kin."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def _into(
     expected = [groups.n if d == place else n for d, n in enumerate(source.shape)]
     if list(target.shape) != expected or target.dtype != source.dtype:
         raise ValueError(
-            f"The tensor that is added to was of shape {tuple(target.shape)} and {target.dtype}; expected {tuple(expected)} and "
-            f"{source.dtype}, as the sparse tensor that is added has."
+            f"The tensor that is added to was of shape {tuple(target.shape)} and {target.dtype}; expected {tuple(expected)} "
+            f"and {source.dtype}, as the sparse tensor that is added has."
         )
-    found = source.grouped(*axes, _HOW[reduce])
+    found = source.grouped(axes[0], axes[1], _HOW[reduce])
     if found is NotImplemented:
         return found
     sizes = [1] * target.dim()

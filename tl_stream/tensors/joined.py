@@ -5,6 +5,7 @@ Under `StreamConfig.dense_queries` scores and patterns are such: rows that keep 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -79,7 +80,8 @@ class JoinedTensor(TensorOfParts):
 
     def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
         results = [part.grouped(rows.part(own), keys, how) for part, own in self.shown]
-        return reduce({"sum": torch.add, "amax": torch.maximum, "amin": torch.minimum}[how], results)
+        both: dict[str, Callable[..., Any]] = {"sum": torch.add, "amax": torch.maximum, "amin": torch.minimum}
+        return reduce(both[how], results)
 
 
 def parts_of(tensor: Any) -> tuple[Any, ...]:

@@ -101,16 +101,20 @@ def _reduce(tensor: JoinedTensor, name: str, func: Any, dim: Any, keepdim: bool,
 def _in_columns(tensor: JoinedTensor, name: str, keepdim: bool) -> Any:
     """The extreme of each column and its row, or the latter alone: the first of equal ones."""
     largest = name.endswith("max")
-    best = index = None
-    for part, rows in tensor.shown:
-        found = part.max(-2, keepdim) if largest else part.min(-2, keepdim)
-        if best is None:
-            best, index = found.values, found.indices
-            continue
-        better = found.values > best if largest else found.values < best
-        best, index = torch.where(better, found.values, best), torch.where(better, found.indices + rows.start, index)
+
+    def better(first: Any, second: Any) -> Any:
+        is_second = second.values > first.values if largest else second.values < first.values
+        return make(
+            (torch.where(is_second, second.values, first.values), torch.where(is_second, second.indices, first.indices))
+        )
+
     make = torch.return_types.max if largest else torch.return_types.min
-    return index if name.startswith("arg") else make((best, index))
+    found = []
+    for part, rows in tensor.shown:
+        values, indices = part.max(-2, keepdim) if largest else part.min(-2, keepdim)
+        found.append(make((values, indices + rows.start)))
+    best = reduce(better, found)
+    return best.indices if name.startswith("arg") else best
 
 
 def _argument(tensor: JoinedTensor, name: str, keepdim: bool) -> Any:

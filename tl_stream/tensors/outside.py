@@ -36,7 +36,9 @@ class Outside:
         rest = None if self.of is None else self.of.model_rest()
         return None if rest is None else rest.edited(self.factor, self.shift)
 
-    def edit(self, x: Float[Tensor, "batch head_index q_block block_q key"]) -> Float[Tensor, "batch head_index q_block block_q key"]:
+    def edit(
+        self, x: Float[Tensor, "batch head_index q_block block_q key"]
+    ) -> Float[Tensor, "batch head_index q_block block_q key"]:
         """Entries as the model had them, edited."""
         return x * _by_block(self.factor, x) + _by_block(self.shift, x)
 
@@ -89,7 +91,7 @@ def after(name: str, args: tuple, kwargs: dict, tensor: Any) -> Outside:
 
 
 def _per_row(x: Any, tensor: Any) -> PerRow | None:
-    """An operand that is constant along the keys, `[batch, head_index, query_pos, 1]` of the texts and heads shown; else None."""
+    """An operand that is constant along the keys, for the texts and heads shown and all rows; None for another."""
     if not isinstance(x, Tensor):
         return float(x) if isinstance(x, int | float) else None
     if isinstance(x, SparseTensor) or (x.dim() and x.shape[-1] != 1):

@@ -82,7 +82,7 @@ def _pool(name: str) -> Callable[..., Any]:
         axes = [Windows.each(n, tensor.device) for n in tensor.shape[-2:]]
         for d in range(-n_axes, 0):
             axes[d] = Windows.sliding(tensor.shape[d], out[d], sizes[d], strides[d], paddings[d], tensor.device)
-        found = _over_windows(tensor, *axes, how)
+        found = _over_windows(tensor, axes[0], axes[1], how)
         if found is NotImplemented or how == "amax":
             return found
         within = paddings if given.get("count_include_pad", True) else [0] * n_axes
@@ -105,7 +105,7 @@ def _adaptive(name: str) -> Callable[..., Any]:
         axes = [Windows.each(n, tensor.device) for n in tensor.shape[-2:]]
         for d in range(-n_axes, 0):
             axes[d] = Windows.adaptive(tensor.shape[d], out[d], tensor.device)
-        found = _over_windows(tensor, *axes, how)
+        found = _over_windows(tensor, axes[0], axes[1], how)
         if found is NotImplemented or how == "amax":
             return found
         return found / (axes[0].lengths()[:, None] * axes[1].lengths())

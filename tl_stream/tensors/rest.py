@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_stream.attention.complement import Complement
 from tl_stream.layout import BlockLayout
-from tl_stream.score_mod import RowAffine
+from tl_stream.score_mod import RowAffine, ScoreMod
 from tl_stream.tensors.products import Products
 
 
@@ -66,16 +66,16 @@ class Rest:
         if self.lse is not None:
             if bool(torch.as_tensor(shift != 0).any()):
                 raise NotImplementedError(
-                    "A hook added a number to a pattern; with forward='exact' it can't reach what was not recorded. Multiply it, "
-                    "assign x[...] = value, or edit hook_attn_scores."
+                    "A hook added a number to a pattern; with forward='exact' it can't reach what was not recorded. Multiply "
+                    "it, assign x[...] = value, or edit hook_attn_scores."
                 )
             return replace(self, factor=self.factor * factor)
         if any(isinstance(x, Tensor) and x.requires_grad for x in (factor, shift)):
             raise NotImplementedError(
-                "A hook scaled or shifted scores by a tensor that requires a gradient; with forward='exact' that gradient would "
-                "miss what was not recorded. Detach it, or use forward='sparse'."
+                "A hook scaled or shifted scores by a tensor that requires a gradient; with forward='exact' that gradient "
+                "would miss what was not recorded. Detach it, or use forward='sparse'."
             )
-        mods = (*self.products.score_mods, RowAffine(factor, shift))
+        mods: tuple[ScoreMod, ...] = (*self.products.score_mods, RowAffine(factor, shift))
         return replace(self, products=replace(self.products, score_mods=mods))
 
     def with_sink(self, sink: Tensor | None) -> Rest:

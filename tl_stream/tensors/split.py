@@ -1,7 +1,7 @@
 """`SplitTensor`: a sparse tensor whose rows or keys are shown cut into several dimensions, on the way to being pooled.
 
-`p.reshape(batch, heads, q, s, k, t)` and `einops.reduce(p, "b h (q s) (k t) -> b h q k")` begin thus. Reductions over the pieces
-give ordinary tensors; what is left as it is, or merged again, is the sparse tensor.
+`p.reshape(batch, heads, q, s, k, t)` and `einops.reduce(p, "b h (q s) (k t) -> b h q k")` begin so. Reductions over the pieces
+give ordinary tensors; what is merged again is the sparse tensor.
 """
 
 from __future__ import annotations
@@ -92,10 +92,12 @@ def split(tensor: SparseTensor, view: Callable[[Tensor], Tensor]) -> Any:
         return _change(base, tuple((n,) for n in base.shape), before, view)
     if (heads[0],) not in before.groups:
         return NotImplemented
-    return rearrange(_stacked(tensor, before.groups.index((heads[0],)), cut[heads[0]][0]), lambda x: view(x.reshape(before.shape)))
+    return rearrange(
+        _stacked(tensor, before.groups.index((heads[0],)), cut[heads[0]][0]), lambda x: view(x.reshape(before.shape))
+    )
 
 
-def _stacked(tensor: SparseTensor, dim: int, n: int) -> SparseTensor:
+def _stacked(tensor: Any, dim: int, n: int) -> Any:
     """A dimension of heads (or texts, or layers) as `n` groups of equal size: a stack of those, which writes go through."""
     return StackedTensor(tensor.chunk(n, dim)).movedim(0, dim)
 
@@ -124,7 +126,7 @@ def _cut(before: Arrangement, view: Callable[[Tensor], Tensor]) -> list[tuple[in
     parts = [d for group in before.groups for d in group if before.own[d] != 1]
     result = view(torch.empty([before.own[d] for d in parts], device="meta").reshape(before.shape))
     ends = {end for n, stride in zip(result.shape, result.stride(), strict=True) if n > 1 for end in (stride, stride * n)}
-    found = [(n,) for n in before.own]
+    found: list[tuple[int, ...]] = [(n,) for n in before.own]
     inner = 1
     for d in reversed(parts):
         outer = inner * before.own[d]

@@ -19,9 +19,9 @@ _METADATA = {
     "output_nr", "_version", "is_sparse_csr", "is_hpu",
 }  # fmt: skip
 TO_LOOK_AT = (
-    "To look at it, take a window (x[..., 100:200, :100]), pool it (einops.reduce(x, '... (q s) (k t) -> ... q k', 'mean', s=64, "
-    "t=64), torch.nn.functional.avg_pool2d(x, 64)), take means by sentence (tl_stream.analysis.sentence_matrix(cache, layer, "
-    "sentences)), or let tl_stream.viz.heads_view(cache, [(layer, head)], tokens) show it by block."
+    "To look at it, take a window (x[..., 100:200, :100]), pool it (torch.nn.functional.avg_pool2d(x, 64), or einops.reduce(x, "
+    "'... (q s) (k t) -> ... q k', 'mean', s=64, t=64)), take means by sentence (tl_stream.analysis.sentence_matrix(cache, "
+    "layer, sentences)), or let tl_stream.viz.heads_view(cache, [(layer, head)], tokens) show it by block."
 )
 
 
