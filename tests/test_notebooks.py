@@ -290,6 +290,38 @@ def test_idiom(kind: Any, name: str) -> None:
         assert not isinstance(found, SparseTensor)
 
 
+def test_writes_go_through_or_are_refused() -> None:
+    pattern = run(tokens(T))["pattern", 1].clone()
+    expected = pattern.to_dense().clone()
+    for p in (pattern, expected):
+        p.reshape(2, 2, 2, T, T)[:, 1, 0].mul_(0.5)
+        p.flatten(0, 1)[2:4].mul_(3)
+        p.unsqueeze(0).expand(1, *p.shape)[0, 1, 3].zero_()
+    assert gap(pattern, expected) == 0
+    for expand in (
+        lambda p: p[:, :1].expand(-1, 3, -1, -1),
+        lambda p: p[0, 0].expand(3, -1, -1),
+        lambda p: p.unsqueeze(0).expand(2, *p.shape),
+        lambda p: p.mT[:, :1].expand(-1, 4, -1, -1),
+    ):
+        for write in (lambda q: q.mul_(2), lambda q: q[..., 1, :].zero_(), lambda q: q.__setitem__((..., 0, 0), 0.5)):
+            with pytest.raises(RuntimeError, match=r"is an expanded sparse tensor, .* clone"):
+                write(expand(pattern))
+            write(expand(pattern).clone())
+    assert gap(pattern, expected) == 0
+
+
+def test_lists_of_layers_are_paired_as_torch_pairs_them() -> None:
+    stack = run(tokens(T), replace(CONFIG, max_dense=2**20)).stack_activation("pattern")
+    dense, listed = stack.to_dense(), torch.tensor([0, 2, 1])
+    for index in (
+        lambda x: x[listed, 0, 1, [3, 4, 5], [1, 2, 3]],
+        lambda x: x[[0, 1], :, [1, 2]],
+        lambda x: x[[0, 1], 0, [1, 2]],
+    ):
+        assert gap(index(stack), index(dense)) == 0
+
+
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 61])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_at_any_length(name: str, length: int) -> None:

@@ -38,6 +38,7 @@ class BlockData:
             lies outside the kept blocks included.
         rest: What lies there, where it can't be had from q and k.
         outside: What edits did to what lies there; None: nothing.
+        is_expanded: Whether this is a copy that stands for a view of one text or head shown several times.
     """
 
     layout: BlockLayout
@@ -51,6 +52,7 @@ class BlockData:
     is_complete: bool = False
     rest: Rest | None = None
     outside: Outside | None = None
+    is_expanded: bool = False
 
     @property
     def requires_grad(self) -> bool:
@@ -174,7 +176,15 @@ class BlockData:
         """An independent copy."""
         other = copy.copy(self)
         other.values = None if self.values is None else self.values.clone()
+        other.is_expanded = False
         return other
+
+    def check_writable(self) -> None:
+        """Raise RuntimeError where a write would be one to several entries at once."""
+        if self.is_expanded:
+            raise RuntimeError(
+                "This is an expanded sparse tensor, whose heads or texts are one: clone() it before writing to it."
+            )
 
     def select(self, texts: Int[Tensor, " batch"], heads: Int[Tensor, " head_index"]) -> BlockData:
         """The content of some batch elements and heads, as a copy."""

@@ -89,6 +89,7 @@ def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
         return target
     if base not in _BASE:
         return NotImplemented
+    target._data.check_writable()
     with torch.set_grad_enabled(torch.is_grad_enabled() or target._data.in_graph):
         result = run(base, getattr(Tensor, base), args, kwargs)
     if result is NotImplemented:

@@ -76,6 +76,7 @@ class Picked(Source):
         Raises:
             ValueError: A value other than `fill` outside the kept blocks.
         """
+        self.tensor._data.check_writable()
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.tensor._data.in_graph):
             write_picked(self.tensor, self.pick, value, extend)
         self.tensor._data.version += 1
@@ -87,6 +88,7 @@ def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
     Raises:
         ValueError: A value other than `fill` for an entry outside the kept blocks.
     """
+    tensor._data.check_writable()
     selection = tensor._view.index(key)
     # Also under no_grad: a graph that has begun must not end at a write, or q and k would get no gradient at all.
     with torch.set_grad_enabled(torch.is_grad_enabled() or tensor._data.in_graph):

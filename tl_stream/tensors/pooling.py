@@ -59,12 +59,17 @@ class Windows:
         return self.stop.clamp(max=self.n_positions + padding) - self.start.clamp(min=-padding)
 
 
-def _over_windows(tensor: Any, rows: Windows, keys: Windows, how: How) -> Any:
-    """Sum or maximum over each pair of windows."""
+def _pooled(tensor: Any, rows: Windows, keys: Windows, how: How, divisor: Any) -> Any:
+    """Maximum over each pair of windows, or sum divided by a number a pair; NotImplemented for some arrangements."""
     results = [tensor.grouped(row, key, how) for row in rows.groups() for key in keys.groups()]
     if any(x is NotImplemented for x in results):
         return NotImplemented
-    return reduce(torch.add if how == "sum" else torch.maximum, results)
+    return reduce(torch.add, results) / divisor if how == "sum" else reduce(torch.maximum, results)
+
+
+def _probed(name: str, tensor: Any, *args: Any, **options: Any) -> torch.Size:
+    """The shape of what torch gives; or torch's own error."""
+    return getattr(F, name)(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), *args, **options).shape
 
 
 def _pool(name: str) -> Callable[..., Any]:
@@ -74,20 +79,17 @@ def _pool(name: str) -> Callable[..., Any]:
 
     def handler(tensor: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *rest: Any, **options: Any) -> Any:
         given = dict(zip(_OPTIONS[how], rest, strict=False)) | options
-        probe = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        out = getattr(F, name)(probe, kernel_size, stride, padding, **given).shape  # or torch's own error
+        out = _probed(name, tensor, kernel_size, stride, padding, **given)
         if given.get("return_indices") or given.get("dilation", 1) not in (1, (1, 1), [1, 1]):
             return NotImplemented
         sizes, strides, paddings = (_each(x, n_axes) for x in (kernel_size, stride or kernel_size, padding))
         axes = [Windows.each(n, tensor.device) for n in tensor.shape[-2:]]
+        counted = [0, 0]
         for d in range(-n_axes, 0):
             axes[d] = Windows.sliding(tensor.shape[d], out[d], sizes[d], strides[d], paddings[d], tensor.device)
-        found = _over_windows(tensor, axes[0], axes[1], how)
-        if found is NotImplemented or how == "amax":
-            return found
-        within = paddings if given.get("count_include_pad", True) else [0] * n_axes
-        lengths = [axis.lengths(pad) for axis, pad in zip(axes, [0] * (2 - n_axes) + within, strict=True)]
-        return found / (given.get("divisor_override") or (lengths[0][:, None] * lengths[1]))
+            counted[d] = paddings[d] if given.get("count_include_pad", True) else 0
+        lengths = axes[0].lengths(counted[0])[:, None] * axes[1].lengths(counted[1])
+        return _pooled(tensor, axes[0], axes[1], how, given.get("divisor_override") or lengths)
 
     return handler
 
@@ -100,15 +102,11 @@ def _adaptive(name: str) -> Callable[..., Any]:
     def handler(tensor: Any, output_size: Any, return_indices: bool = False) -> Any:
         if return_indices:
             return NotImplemented
-        probe = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        out = getattr(F, name)(probe, output_size).shape
+        out = _probed(name, tensor, output_size)
         axes = [Windows.each(n, tensor.device) for n in tensor.shape[-2:]]
         for d in range(-n_axes, 0):
             axes[d] = Windows.adaptive(tensor.shape[d], out[d], tensor.device)
-        found = _over_windows(tensor, axes[0], axes[1], how)
-        if found is NotImplemented or how == "amax":
-            return found
-        return found / (axes[0].lengths()[:, None] * axes[1].lengths())
+        return _pooled(tensor, axes[0], axes[1], how, axes[0].lengths()[:, None] * axes[1].lengths())
 
     return handler
 

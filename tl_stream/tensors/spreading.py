@@ -21,7 +21,7 @@ def expand(tensor: Any, *sizes: Any) -> Any:
     """`tensor.expand(...)`, where rows and keys keep their number; NotImplemented else."""
     if not isinstance(tensor, SparseTensor):
         return NotImplemented
-    target = _sizes(sizes)
+    target, numel = _sizes(sizes), tensor.numel()
     new = len(target) - tensor.dim()
     wanted = [n if size == -1 else size for size, n in zip(target[new:], tensor.shape, strict=True)] if new >= 0 else []
     if new < 0 or any(size != n != 1 for size, n in zip(wanted, tensor.shape, strict=True)):
@@ -30,7 +30,8 @@ def expand(tensor: Any, *sizes: Any) -> Any:
         tensor = tensor if size == n else _chosen(tensor, d, [0] * size)
         if tensor is NotImplemented:
             return tensor
-    return _in_front(tensor, target[:new])
+    found = _in_front(tensor, target[:new])
+    return found if found.numel() == numel else _refusing_writes(found)
 
 
 def _expand_as(tensor: Any, other: Any) -> Any:
@@ -90,7 +91,19 @@ def _chosen(tensor: Any, d: int, index: list[int]) -> Any:
 def _in_front(tensor: Any, sizes: list[int]) -> Any:
     """The tensor repeated along new first dimensions."""
     for n in reversed(sizes):
-        tensor = torch.stack([tensor] * n)
+        tensor = tensor.unsqueeze(0) if n == 1 else torch.stack([tensor] * n)
+    return tensor
+
+
+def _refusing_writes(tensor: Any) -> Any:
+    """A copy that stands for a view of one text or head shown several times: what is written to it would be lost."""
+    if isinstance(tensor, BlockSparseTensor):
+        tensor._data.is_expanded = True
+    elif isinstance(tensor, TensorOfParts):
+        for part in tensor.parts:
+            _refusing_writes(part)
+    else:
+        _refusing_writes(tensor.base)
     return tensor
 
 

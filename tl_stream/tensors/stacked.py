@@ -122,8 +122,10 @@ def _split(tensor: StackedTensor, key: Any) -> tuple[Any, tuple[Any, ...]] | Non
     first: Any = items[0] if items else slice(None)
     rest = tuple(items[1:])
     lists = [i for i, item in enumerate(rest) if not isinstance(item, slice) and item is not None and item is not Ellipsis]
-    if not all(is_integer(rest[i]) for i in lists) and lists[-1] - lists[0] >= len(lists):
-        return None
+    if not all(is_integer(rest[i]) for i in lists):
+        listed = first is not None and not isinstance(first, slice) and not is_integer(first)
+        if listed or lists[-1] - lists[0] >= len(lists):  # torch pairs the lists, or puts what they take first
+            return None
     return (int(first) if is_integer(first) else first), rest
 
 
