@@ -59,12 +59,12 @@ class Windows:
         return self.stop.clamp(max=self.n_positions + padding) - self.start.clamp(min=-padding)
 
 
-def _pooled(tensor: Any, rows: Windows, keys: Windows, how: How, divisor: Any) -> Any:
-    """Maximum over each pair of windows, or sum divided by a number a pair; NotImplemented for some arrangements."""
+def _pooled(tensor: Any, rows: Windows, keys: Windows, how: How, counts: tuple[Any, Any]) -> Any:
+    """Maximum over each pair of windows, or sum divided by the product of two counts; NotImplemented for some arrangements."""
     results = [tensor.grouped(row, key, how) for row in rows.groups() for key in keys.groups()]
     if any(x is NotImplemented for x in results):
         return NotImplemented
-    return reduce(torch.add, results) / divisor if how == "sum" else reduce(torch.maximum, results)
+    return reduce(torch.add, results) / (counts[0] * counts[1]) if how == "sum" else reduce(torch.maximum, results)
 
 
 def _probed(name: str, tensor: Any, *args: Any, **options: Any) -> torch.Size:
@@ -88,8 +88,10 @@ def _pool(name: str) -> Callable[..., Any]:
         for d in range(-n_axes, 0):
             axes[d] = Windows.sliding(tensor.shape[d], out[d], sizes[d], strides[d], paddings[d], tensor.device)
             counted[d] = paddings[d] if given.get("count_include_pad", True) else 0
-        lengths = axes[0].lengths(counted[0])[:, None] * axes[1].lengths(counted[1])
-        return _pooled(tensor, axes[0], axes[1], how, given.get("divisor_override") or lengths)
+        counts: tuple[Any, Any] = axes[0].lengths(counted[0])[:, None], axes[1].lengths(counted[1])
+        if given.get("divisor_override"):
+            counts = 1, given["divisor_override"]
+        return _pooled(tensor, axes[0], axes[1], how, counts)
 
     return handler
 
@@ -106,7 +108,7 @@ def _adaptive(name: str) -> Callable[..., Any]:
         axes = [Windows.each(n, tensor.device) for n in tensor.shape[-2:]]
         for d in range(-n_axes, 0):
             axes[d] = Windows.adaptive(tensor.shape[d], out[d], tensor.device)
-        return _pooled(tensor, axes[0], axes[1], how, axes[0].lengths()[:, None] * axes[1].lengths())
+        return _pooled(tensor, axes[0], axes[1], how, (axes[0].lengths()[:, None], axes[1].lengths()))
 
     return handler
 
