@@ -110,7 +110,7 @@ def _write_scalar(data: BlockData, selection: Selection, value: Any) -> None:
     view = selection.as_view(data.layout.shape[-1])
     if data.hides_entries and view is not None and number == data.fill == 0:
         edits = data.edits
-        data.outside = edits.with_rows(view, data.layout.shape, Outside(edits.of, 0.0))
+        data.outside = edits.with_rows(view, data.layout, Outside(edits.of, 0.0))
     elif data.hides_entries:
         record(data, batch, head, rows, keys)
     inside = _in_blocks(data, batch, head, rows, keys)

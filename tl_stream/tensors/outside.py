@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_stream.layout import BlockLayout
 from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.view import View
 from tl_stream.tensors.wrapper import SparseTensor
@@ -51,14 +52,14 @@ class Outside:
         texts, heads = view.texts(device), view.heads(device)
         return self.change(lambda x: x[texts][:, heads] if isinstance(x, Tensor) else x)
 
-    def with_rows(self, view: View, shape: tuple[int, ...], new: Outside) -> Outside:
+    def with_rows(self, view: View, layout: BlockLayout, new: Outside) -> Outside:
         """`new` (on as many texts, heads and rows as `view` shows) in place of what was known of those rows."""
         if self.of is None or new.of is None:
             return Outside(None)
+        device = layout.device
 
         def put(old: PerRow, other: PerRow) -> Tensor:
-            full = torch.as_tensor(old, dtype=torch.double).expand(*shape[:3], 1)
-            device = full.device
+            full = torch.as_tensor(old, dtype=torch.double, device=device).expand(*layout.shape[:3], 1)
             rows = torch.arange(view.rows.start, view.rows.stop, device=device)
             at = view.texts(device)[:, None, None], view.heads(device)[:, None], rows
             size = (*torch.broadcast_shapes(*(x.shape for x in at)), 1)
@@ -97,7 +98,7 @@ def _per_row(x: Any, tensor: Any) -> PerRow | None:
     if isinstance(x, SparseTensor) or (x.dim() and x.shape[-1] != 1):
         return None
     view, layout = tensor._view, tensor._data.layout
-    full = x.as_subclass(Tensor).expand(*tensor.shape[:-1], 1)
+    full = x.as_subclass(Tensor).to(layout.device).expand(*tensor.shape[:-1], 1)
     full = full.unsqueeze(-3) if isinstance(view.head, int) else full
     full = full.unsqueeze(0) if isinstance(view.batch, int) else full
     return torch.nn.functional.pad(full, (0, 0, view.rows.start, layout.shape[2] - view.rows.stop))

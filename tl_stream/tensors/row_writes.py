@@ -50,7 +50,7 @@ def _write_outside(data: BlockData, view: View, value: BlockSparseTensor) -> Non
     new = value._data.edits.of_view(value._view, data.layout.device)
     rows = slice(value._view.rows.start, value._view.rows.stop)
     new = new.change(lambda x: x[:, :, rows] if isinstance(x, Tensor) else x)
-    data.outside = data.edits.with_rows(view, data.layout.shape, new)
+    data.outside = data.edits.with_rows(view, data.layout, new)
 
 
 def _blocks(rows: range, layout: BlockLayout) -> range:
