@@ -361,9 +361,7 @@ def test_gradients(name: str, dense_queries: int) -> None:
 def large() -> Any:
     config = replace(CONFIG, block_q=16, block_k=16, k=2)
     with torch.no_grad():
-        return build("gqa", torch.float32, n_ctx=2048, n_layers=2).run_with_sparse_cache(tokens(1920, batch=1), config=config)[
-            1
-        ]
+        return build("gqa", torch.float32, n_ctx=2048).run_with_sparse_cache(tokens(1920, batch=1), config=config)[1]
 
 
 @pytest.mark.filterwarnings("ignore:index_reduce")
@@ -379,7 +377,7 @@ def test_no_idiom_makes_a_square_tensor(large: Any, name: str, monkeypatch: pyte
 
 
 def test_what_is_still_large_when_pooled_is_refused_with_its_size() -> None:
-    model = build("gqa", torch.float32, n_ctx=20_000, n_layers=1)
+    model = build("gqa", torch.float32, n_ctx=20_000)
     with torch.no_grad():
         _, cache = model.run_with_sparse_cache(
             tokens(20_000, batch=1),
