@@ -1,5 +1,8 @@
 """tl_stream: attention in long contexts, traced sparsely inside TransformerLens (Stream, arXiv:2510.19875)."""
 
+from importlib import import_module
+from typing import Any
+
 from tl_stream import analysis, budget, models, tasks
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
@@ -31,6 +34,14 @@ __all__ = [
     "sparse",
     "supports",
     "tasks",
+    "viz",
 ]
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """`tl_stream.viz`, imported where it is asked for: it brings circuitsvis along."""
+    if name == "viz":
+        return import_module("tl_stream.viz")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -167,6 +168,30 @@ class SparseActivationCache(ActivationCache):
     def nbytes(self) -> int:
         """Bytes of the whole cache."""
         return sum(self.memory().values())
+
+    def __copy__(self) -> SparseActivationCache:
+        return self._with(self.cache_dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseActivationCache:
+        """The activations are copied; the model is the same one."""
+        return self._with(copy.deepcopy(self.cache_dict, memo))
+
+    def _with(self, activations: dict[str, Tensor]) -> SparseActivationCache:
+        return SparseActivationCache(
+            activations,
+            self.model,
+            self.has_batch_dim,
+            config=self.config,
+            fallbacks=self.fallbacks,
+            next_tokens=self.next_tokens,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: it would take the model along, hooks included."""
+        raise TypeError(
+            "A SparseActivationCache can't be pickled (torch.save pickles, too), since it holds the model: call "
+            "cache.save(path), and SparseActivationCache.load(path, model). dict(cache.items()) can be pickled."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the cache to one safetensors file: lazy patterns as q, k, layout and log-sum-exp. The model is left out.

@@ -123,3 +123,25 @@ class OfPart:
 
     def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         return self.mod(score, batch + self.text, head, query_pos + self.first_query, key_pos + self.first_key)
+
+
+@dataclass(frozen=True, eq=False)
+class RowAffine:
+    """`score * factor + shift`, constant along the keys.
+
+    Args:
+        factor: A number, or `[batch, head_index, query_pos, 1]`.
+        shift: Likewise.
+    """
+
+    factor: float | Float[Tensor, "batch head_index query_pos 1"]
+    shift: float | Float[Tensor, "batch head_index query_pos 1"]
+
+    def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+        def at(x: float | Tensor) -> float | Tensor:
+            if not isinstance(x, Tensor):
+                return x
+            # Indices past the end belong to the padding of the last block, which the mask drops.
+            return x[batch, head, query_pos.clamp(max=x.shape[2] - 1), 0].to(score)
+
+        return score * at(self.factor) + at(self.shift)

@@ -14,7 +14,6 @@ from tl_stream.hosts.overrides import Overrides
 from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
-from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores import AttentionScores
 
 
@@ -47,7 +46,8 @@ def complete(before: Tensor, after: Any, hook: Any) -> Any:
         hook: The hook point.
 
     Raises:
-        NotImplementedError: A hook returned an ordinary tensor, which can't say what lies outside the record.
+        NotImplementedError: A hook returned an ordinary tensor, which can't say what lies outside the record, or computed one
+            from the record that can't say it either.
     """
     if not isinstance(before, AttentionScores | BlockSparseTensor) or not before.origin.is_exact:
         return after
@@ -59,21 +59,15 @@ def complete(before: Tensor, after: Any, hook: Any) -> Any:
         )
     data = after._data.fork()
     data.is_complete = True
-    if data.find_rest() is None:
-        data.rest = _rest_of(before, hook)
-        if isinstance(before, BlockSparseTensor):  # what hooks have taken out of the record is 0 now, not unknown
-            data.extend(data.layout.union(before._data.layout))
+    if data.outside is not None or not data.knows_outside:
+        data.rest, data.outside = data.find_rest(), None
+        if data.rest is None and not data.layout.is_full:
+            raise NotImplementedError(
+                f"A hook on {hook.name} computed its result from what was recorded of layer {data.origin.layer}; what became "
+                "of the rest isn't known, and with forward='exact' the model reads it. Multiply by numbers, or by tensors with "
+                "one number a row (scores may be shifted by them, too), assign x[...] = number, or use forward='sparse'."
+            )
     return type(after)(data, after._view, after.dtype, after._detached)
-
-
-def _rest_of(before: AttentionScores | BlockSparseTensor, hook: Any) -> Rest:
-    rest = before.find_rest() if isinstance(before, AttentionScores) else before._data.find_rest()
-    if rest is None:
-        raise NotImplementedError(
-            f"The model itself changed its pattern on the way to {hook.name}, so that what was not recorded is not known "
-            "there; use forward='sparse'."
-        )
-    return rest
 
 
 def call_complete(point: HookPoint, original: Callable[..., Any], x: Tensor) -> Any:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_stream.tensors import attention_ops, composite, einsum, elementwise, slicing
+from tl_stream.tensors import attention_ops, elementwise, everywhere, slicing
 from tl_stream.tensors.arrangement import Arrangement
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.densify import flatten, make_dense
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.indexing import MAX_WINDOW, Picked
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.joined_entries import JoinedEntries
@@ -72,9 +73,19 @@ class ArrangedTensor(SparseTensor):
 
     def in_own_order(self, letters: str) -> tuple[Any, str] | None:
         order = [group[0] for group in self.arrangement.groups if len(group) == 1]
-        if sorted(order) != list(range(len(letters))):
+        hidden = [d for d, n in enumerate(self.arrangement.own) if n == 1 and d not in order]
+        if len(order) != len(letters) or sorted(order + hidden) != list(range(self.base.dim())):
             return None
-        return self.base, "".join(letters[order.index(d)] for d in range(len(letters)))
+        base = self.base[tuple(0 if d in hidden else slice(None) for d in range(self.base.dim()))] if hidden else self.base
+        return base, "".join(letters[order.index(d)] for d in sorted(order))
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    def row_and_key_dims(self) -> set[int]:
+        own = self.base.row_and_key_dims()
+        return {d for d, group in enumerate(self.arrangement.groups) if own & set(group)}
 
     def product(self, x: Tensor, transposed: bool) -> Any:
         n, groups = self.base.dim(), self.arrangement.groups
@@ -85,6 +96,15 @@ class ArrangedTensor(SparseTensor):
         lead = (*groups[:-2], (n - 2,), (n - 1,))
         result = self.base.product(Arrangement((*self.base.shape[:-2], *x.shape[-2:]), lead).undo(x), transposed)
         return result if result is NotImplemented else _shown(result, lead)
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        n, groups = self.base.dim(), self.arrangement.groups
+        if groups[-2:] == ((n - 1,), (n - 2,)):
+            rows, keys = keys, rows
+        elif groups[-2:] != ((n - 2,), (n - 1,)):
+            return NotImplemented
+        result = self.base.grouped(rows, keys, how)
+        return result if result is NotImplemented else _shown(result, groups)
 
     def stored_tensors(self) -> list[Tensor]:
         return self.base.stored_tensors()
@@ -103,12 +123,14 @@ def arrange(base: SparseTensor, groups: tuple[tuple[int, ...], ...]) -> SparseTe
 
 
 def rearrange(tensor: SparseTensor, view: Callable[[Tensor], Tensor]) -> Any:
-    """What a function that only rearranges dimensions makes of a sparse tensor; NotImplemented where it splits one."""
+    """What a function that only rearranges dimensions makes of a sparse tensor; NotImplemented where it can't be said."""
+    from tl_stream.tensors.split import split
+
     before, base = Arrangement.plain(tuple(tensor.shape)), tensor
     if isinstance(tensor, ArrangedTensor):
         before, base = tensor.arrangement, tensor.base
     after = before.change(view)
-    return NotImplemented if after is None else arrange(base, after.groups)
+    return split(tensor, view) if after is None else arrange(base, after.groups)
 
 
 def _shown(result: Any, groups: tuple[tuple[int, ...], ...]) -> Any:
@@ -137,7 +159,7 @@ def _entrywise(leader: ArrangedTensor, name: str, func: Any, args: tuple, kwargs
     try:
         result = func(*map(own, args), **{key: own(x) for key, x in kwargs.items()})
     except _DoesNotFit:
-        return NotImplemented
+        return NotImplemented if is_in_place(name, kwargs) else elementwise.broadcast(func, args, kwargs)
     return args[0] if is_in_place(name, kwargs) else _shown(result, leader.arrangement.groups)
 
 
@@ -204,6 +226,11 @@ def _getitem(tensor: Any, key: Any) -> Any:
     if not isinstance(tensor, ArrangedTensor):
         return NotImplemented
     found = index(tensor, key)
+    if found is NotImplemented and isinstance(key, slice) and 0 not in tensor.row_and_key_dims() and range(len(tensor))[key]:
+        from tl_stream.tensors.stacked import StackedTensor
+
+        members: Any = tensor
+        return StackedTensor(tuple(members[i] for i in range(len(tensor))[key]))  # of views, through which writes go
     picked = _picked(tensor, lambda shown: shown[key]) if found is NotImplemented else None
     return found if picked is None else picked.read()
 
@@ -233,16 +260,27 @@ def _clone(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return ArrangedTensor(tensor.base.clone(), tensor.arrangement)
 
 
+def _put_together(name: str) -> Callable[..., Any]:
+    """`stack` or `cat`."""
+
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        from tl_stream.tensors import stacked
+
+        return getattr(stacked, name)(*args, **kwargs)
+
+    return handler
+
+
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": _getitem,
     "setitem": _setitem,
     "diagonal": _diagonal,
     "topk": _topk,
+    "stack": _put_together("stack"),
+    "cat": _put_together("cat"),
     "clone": _clone,
     "contiguous": _clone,
     "deepcopy": _clone,
     "dropout": attention_ops.HANDLERS["dropout"],
-    **composite.HANDLERS,
-    **einsum.HANDLERS,
-    **slicing.HANDLERS,
+    **everywhere.HANDLERS,
 }

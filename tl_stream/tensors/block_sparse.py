@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tl_stream.layout import BlockLayout
 from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.lazy_data import LazyData
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.view import View
-from tl_stream.tensors.wrapper import SparseTensor
+from tl_stream.tensors.wrapper import TO_LOOK_AT, SparseTensor
 
 
 class BlockSparseTensor(SparseTensor):
@@ -87,7 +88,7 @@ class BlockSparseTensor(SparseTensor):
             ValueError: More entries than `tl_stream.layout.MAX_DENSE_ENTRIES`.
         """
         layout = self._narrow_layout()
-        layout.check_dense()
+        self.check_dense()
         values = self.shown_values()
         indices, used = layout.rows()
         # Slots that are not used go to one more key block, which is cut off.
@@ -99,6 +100,13 @@ class BlockSparseTensor(SparseTensor):
         rows = self._view.rows
         dense = dense.flatten(2, 3)[:, :, rows.start : rows.stop, : layout.mask.key_length]
         return self.drop_indexed(dense)
+
+    def check_dense(self) -> None:
+        """Raise ValueError where `to_dense` would make more entries than it may."""
+        try:
+            self._narrow_layout().check_dense()
+        except ValueError as error:
+            raise ValueError(f"{error} {TO_LOOK_AT}") from None
 
     def stored_tensors(self) -> list[Tensor]:
         return self._data.stored_tensors()
@@ -135,6 +143,11 @@ class BlockSparseTensor(SparseTensor):
         from tl_stream.tensors.attention_ops import product
 
         return product(self, x, transposed)
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        from tl_stream.tensors.grouping import grouped
+
+        return grouped(self, rows, keys, how)
 
     def __copy__(self) -> Any:
         return self.alias(detached=True)  # as torch: the same memory, and no gradient

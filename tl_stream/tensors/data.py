@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from tl_stream.layout import BlockLayout
+from tl_stream.tensors.outside import Outside
 from tl_stream.tensors.products import Origin
 from tl_stream.tensors.relayout import relayout
 from tl_stream.tensors.rest import Rest
@@ -36,6 +37,8 @@ class BlockData:
         is_complete: Whether this goes on into the model, under `forward="exact"`: then it stands for all of its rows, what
             lies outside the kept blocks included.
         rest: What lies there, where it can't be had from q and k.
+        outside: What edits did to what lies there; None: nothing.
+        is_expanded: Whether this is a copy that stands for a view of one text or head shown several times.
     """
 
     layout: BlockLayout
@@ -48,6 +51,8 @@ class BlockData:
     read_late: bool = False
     is_complete: bool = False
     rest: Rest | None = None
+    outside: Outside | None = None
+    is_expanded: bool = False
 
     @property
     def requires_grad(self) -> bool:
@@ -66,7 +71,25 @@ class BlockData:
 
     def find_rest(self) -> Rest | None:
         """What lies outside the kept blocks under `forward="exact"`; None where that is not known."""
+        return self.model_rest() if self.outside is None else self.outside.rest()
+
+    @property
+    def edits(self) -> Outside:
+        """What edits did outside the kept blocks, so far."""
+        if self.outside is not None:
+            return self.outside
+        before = copy.copy(self)  # not this very data, which will hold what comes of the edits
+        before.values = None
+        return Outside(before if self.knows_outside else None)
+
+    def model_rest(self) -> Rest | None:
+        """The same before any edit of this data."""
         return self.rest
+
+    @property
+    def knows_outside(self) -> bool:
+        """Whether `find_rest` knows what lies outside the kept blocks."""
+        return self.rest is not None if self.outside is None else self.outside.of is not None
 
     def make(self) -> Tensor:
         """The values of what has not been written to."""
@@ -153,7 +176,15 @@ class BlockData:
         """An independent copy."""
         other = copy.copy(self)
         other.values = None if self.values is None else self.values.clone()
+        other.is_expanded = False
         return other
+
+    def check_writable(self) -> None:
+        """Raise RuntimeError where a write would be one to several entries at once."""
+        if self.is_expanded:
+            raise RuntimeError(
+                "This is an expanded sparse tensor, whose heads or texts are one: clone() it before writing to it."
+            )
 
     def select(self, texts: Int[Tensor, " batch"], heads: Int[Tensor, " head_index"]) -> BlockData:
         """The content of some batch elements and heads, as a copy."""

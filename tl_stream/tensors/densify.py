@@ -9,7 +9,21 @@ from torch import Tensor
 
 from tl_stream.tensors.names import is_in_place
 from tl_stream.tensors.slice_view import SliceView, Source
-from tl_stream.tensors.wrapper import SparseTensor
+from tl_stream.tensors.wrapper import TO_LOOK_AT, SparseTensor
+
+_INSTEAD = {
+    **dict.fromkeys(("tolist", "numpy", "array"), TO_LOOK_AT),
+    **dict.fromkeys(
+        ("matmul", "rmatmul", "bmm", "mm", "einsum"),
+        "The product of two patterns is not sparse in blocks; take it times a vector or values, from the right: p @ (q @ v), "
+        "or torch.einsum('hqj,hjk,kd->hqd', p, q, v).",
+    ),
+    **dict.fromkeys(
+        ("flip", "fliplr", "flipud", "roll", "sort", "cumsum", "pad", "softmax"),
+        "Do it to a row, a window or what was reduced or pooled: x.sum(-2).flip(-1), x[..., -1, :].cumsum(-1).",
+    ),
+}
+_OTHERWISE = "Take a part first (a head and some rows, or a window), or work on .row_values()."
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +58,7 @@ def make_dense(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
             raise NotImplementedError(
                 f"{name}() is not known to {type(tensor).__name__} of layer {origin.layer}, and making it dense would take "
                 f"{tuple(tensor.shape)} = {tensor.numel():,} entries (config.max_dense is {origin.config.max_dense:,}). "
-                "Take a part first (a head and some rows, or a window), call .to_dense() where that is meant, or work on "
-                ".row_values()."
+                f"{_INSTEAD.get(name, _OTHERWISE)} Or call .to_dense(), where that is meant."
             )
     sparse[0].origin.fallbacks[name] += 1
     copies: list[SliceView] = []

@@ -10,16 +10,14 @@ import torch
 from tl_stream.tensors import (
     attention_ops,
     backward_hooks,
-    composite,
-    einsum,
     elementwise,
+    everywhere,
     extremes,
     gradients,
     indexing,
     positions,
     reductions,
     sink,
-    slicing,
 )
 from tl_stream.tensors.arranged import REARRANGING, index, rearrange
 from tl_stream.tensors.block_sparse import BlockSparseTensor
@@ -130,12 +128,10 @@ _HANDLERS: dict[str, Handler] = {
     "where": _where,
     **{name: _convert(name) for name in CONVERSIONS - {"detach", "data"}},
     **attention_ops.HANDLERS,
-    **composite.HANDLERS,
-    **einsum.HANDLERS,
+    **everywhere.HANDLERS,
     **extremes.HANDLERS,
     **positions.HANDLERS,
     **reductions.HANDLERS,
-    **slicing.HANDLERS,
     **gradients.HANDLERS,
     **backward_hooks.HANDLERS,
     "stack": stack,

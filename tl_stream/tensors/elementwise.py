@@ -12,7 +12,9 @@ from tl_stream.tensors import indexing
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.names import IN_PLACE_OPERATORS
+from tl_stream.tensors.outside import Outside, after
 from tl_stream.tensors.pattern_data import PatternData
+from tl_stream.tensors.wrapper import SparseTensor
 
 _BASE = {
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "pow", "neg", "negative",
@@ -50,6 +52,8 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
             f"{name}: with forward='exact' it would not reach what was not recorded. Assign x[..., keys] = value (or x[mask] = "
             "value), which records what it writes to."
         )
+    if any(x.shape != leader.shape for x in sparse):
+        return broadcast(func, args, kwargs)
     if any(not _aligned(leader, x) for x in sparse):
         return NotImplemented
     if any(isinstance(x, Tensor) and _too_large(x, leader) for x in (*args, *kwargs.values())):
@@ -66,8 +70,9 @@ def run(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     if fill is None:
         return NotImplemented
     result = func(*map(at_blocks, args), **{key: at_blocks(x) for key, x in kwargs.items()})
-    watches = dict.fromkeys(each for x in sparse for each in x._data.watches)
-    return leader.with_data(BlockData(layout, fill, leader._data.origin, result, watches=tuple(watches)))
+    watches = tuple(dict.fromkeys(each for x in sparse for each in x._data.watches))
+    outside = after(name, args, kwargs, leader) if leader.origin.is_exact else None
+    return leader.with_data(BlockData(layout, fill, leader._data.origin, result, watches=watches, outside=outside))
 
 
 def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
@@ -84,6 +89,7 @@ def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
         return target
     if base not in _BASE:
         return NotImplemented
+    target._data.check_writable()
     with torch.set_grad_enabled(torch.is_grad_enabled() or target._data.in_graph):
         result = run(base, getattr(Tensor, base), args, kwargs)
     if result is NotImplemented:
@@ -91,6 +97,7 @@ def run_in_place(name: str, args: tuple, kwargs: dict) -> Any:
     whole = target._view.is_whole(target._data.layout.shape) and not target._detached
     if whole and result._data.layout is target._data.layout:
         target._data.values, target._data.fill = result._data.values.to(target.dtype), result.fill
+        target._data.outside = result._data.outside
         target._data.version += 1
     else:
         indexing.write(target, ..., result)
@@ -115,13 +122,27 @@ def _uniform(leader: BlockSparseTensor, value: Any, dtype: torch.dtype) -> Block
     layout = empty_layout(leader._narrow_layout())
     shape = (layout.batch, layout.n_heads, layout.n_q_blocks, layout.block_q, 0)
     values = torch.zeros(shape, dtype=dtype, device=layout.device)
-    return leader.with_data(BlockData(layout, value, leader._data.origin, values))
+    outside = Outside(leader._data.edits.of, 0.0, float(value)) if leader.origin.is_exact else None
+    return leader.with_data(BlockData(layout, value, leader._data.origin, values, outside=outside))
 
 
 def _never_nan(tensor: BlockSparseTensor) -> bool:
     """A pattern as the softmax gave it: that gives 0, never NaN, for a row that reads nothing."""
     data = tensor._data
     return (isinstance(data, PatternData) or data.rest is not None) and data.version == 0
+
+
+def broadcast(func: Any, args: tuple, kwargs: dict) -> Any:
+    """`func` of sparse tensors that differ in texts or heads, as of a mean over heads, expanded; NotImplemented else."""
+    shapes = {x.shape for x in (*args, *kwargs.values()) if isinstance(x, SparseTensor)}
+    if len(shapes) == 1 or len({shape[-2:] for shape in shapes}) > 1:
+        return NotImplemented
+    shape = torch.broadcast_shapes(*shapes)
+
+    def expanded(x: Any) -> Any:
+        return x.expand(shape) if isinstance(x, SparseTensor) else x
+
+    return func(*map(expanded, args), **{key: expanded(x) for key, x in kwargs.items()})
 
 
 def _uniform_choice(condition: Any, chosen: Any, other: Any) -> Any:

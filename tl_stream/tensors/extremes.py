@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_stream.masking import NEVER
 from tl_stream.tensors import folding
 from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.columns import first_rows_of
 from tl_stream.tensors.reductions import row_keys
 from tl_stream.tensors.slicing import dimensions
 
@@ -98,10 +99,12 @@ def _position(largest: bool) -> Callable[..., Any]:
             return row * tensor.shape[-1] + keys.flatten()[row]
         if folding.folds(tensor, dimensions(tensor, dim)):
             return folding.position_of_extreme(tensor, dimensions(tensor, dim)[0], keepdim, largest)
-        if dimensions(tensor, dim) != [tensor.dim() - 1]:
-            return NotImplemented
-        keys = _along_keys(tensor, largest)[1]
-        return keys[..., None] if keepdim else keys
+        (d,) = dimensions(tensor, dim)
+        if d == tensor.dim() - 1:
+            found = _along_keys(tensor, largest)[1]
+        else:
+            found = first_rows_of(tensor, _along_queries(tensor, largest))
+        return found.unsqueeze(d) if keepdim else found
 
     return handler
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.outside import Outside
 from tl_stream.tensors.record import not_recorded, record
 from tl_stream.tensors.row_writes import fits, write_rows
 from tl_stream.tensors.slice_view import SliceView, Source
@@ -75,6 +76,7 @@ class Picked(Source):
         Raises:
             ValueError: A value other than `fill` outside the kept blocks.
         """
+        self.tensor._data.check_writable()
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.tensor._data.in_graph):
             write_picked(self.tensor, self.pick, value, extend)
         self.tensor._data.version += 1
@@ -86,6 +88,7 @@ def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
     Raises:
         ValueError: A value other than `fill` for an entry outside the kept blocks.
     """
+    tensor._data.check_writable()
     selection = tensor._view.index(key)
     # Also under no_grad: a graph that has begun must not end at a write, or q and k would get no gradient at all.
     with torch.set_grad_enabled(torch.is_grad_enabled() or tensor._data.in_graph):
@@ -104,7 +107,11 @@ def _write_scalar(data: BlockData, selection: Selection, value: Any) -> None:
     if selection.numel == 0:
         return
     batch, head, rows, keys = selection.membership(data.layout.shape, data.layout.device)
-    if data.hides_entries:
+    view = selection.as_view(data.layout.shape[-1])
+    if data.hides_entries and view is not None and number == data.fill == 0:
+        edits = data.edits
+        data.outside = edits.with_rows(view, data.layout, Outside(edits.of, 0.0))
+    elif data.hides_entries:
         record(data, batch, head, rows, keys)
     inside = _in_blocks(data, batch, head, rows, keys)
     if isinstance(number, Tensor) or not _same(number, data.fill):

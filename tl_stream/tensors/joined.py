@@ -5,6 +5,8 @@ Under `StreamConfig.dense_queries` scores and patterns are such: rows that keep 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.joined_layout import JoinedLayout
 from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.wrapper import SparseTensor
@@ -74,6 +77,11 @@ class JoinedTensor(TensorOfParts):
         if any(result is NotImplemented for result in results):
             return NotImplemented
         return sum(results[1:], results[0]) if transposed else torch.cat(results, -2)
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        results = [part.grouped(rows.part(own), keys, how) for part, own in self.shown]
+        both: dict[str, Callable[..., Any]] = {"sum": torch.add, "amax": torch.maximum, "amin": torch.minimum}
+        return reduce(both[how], results)
 
 
 def parts_of(tensor: Any) -> tuple[Any, ...]:

@@ -14,9 +14,8 @@ from torch import Tensor
 from tl_stream.tensors import (
     attention_ops,
     backward_hooks,
-    composite,
-    einsum,
     elementwise,
+    everywhere,
     gradients,
     of_parts,
     positions,
@@ -92,11 +91,30 @@ def _reduce(tensor: JoinedTensor, name: str, func: Any, dim: Any, keepdim: bool,
         if name in ("argmax", "argmin"):
             return _argument(tensor, name, keepdim)
         parts = [func(part, **options) for part, _ in tensor.shown]
-    elif name in ("max", "min"):
-        return NotImplemented
+    elif name in ("max", "min", "argmax", "argmin"):
+        return _in_columns(tensor, name, keepdim)
     else:
         parts = [func(part, dim=own, keepdim=keepdim, **options) for part, _ in tensor.shown]
     return reduce(_OVER_PARTS[name], parts) if name in _OVER_PARTS else NotImplemented
+
+
+def _in_columns(tensor: JoinedTensor, name: str, keepdim: bool) -> Any:
+    """The extreme of each column and its row, or the latter alone: the first of equal ones."""
+    largest = name.endswith("max")
+
+    def better(first: Any, second: Any) -> Any:
+        is_second = second.values > first.values if largest else second.values < first.values
+        return make(
+            (torch.where(is_second, second.values, first.values), torch.where(is_second, second.indices, first.indices))
+        )
+
+    make = torch.return_types.max if largest else torch.return_types.min
+    found = []
+    for part, rows in tensor.shown:
+        values, indices = part.max(-2, keepdim) if largest else part.min(-2, keepdim)
+        found.append(make((values, indices + rows.start)))
+    best = reduce(better, found)
+    return best.indices if name.startswith("arg") else best
 
 
 def _argument(tensor: JoinedTensor, name: str, keepdim: bool) -> Any:
@@ -152,13 +170,10 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **{name: _triangle(name) for name in ("tril", "triu")},
     **{f"{name}_": _triangle_in_place(name) for name in ("tril", "triu")},
     "fill_diagonal_": positions.HANDLERS["fill_diagonal_"],
-    "count_nonzero": reductions.HANDLERS["count_nonzero"],
     "stack": stack,
     "cat": sink.cat,
     **of_parts.HANDLERS,
-    **composite.HANDLERS,
-    **einsum.HANDLERS,
-    **slicing.HANDLERS,
+    **everywhere.HANDLERS,
     **gradients.HANDLERS,
     **backward_hooks.HANDLERS,
 }

@@ -95,7 +95,8 @@ class LazyData(BlockData):
         self.check_size(layout)
         known = relayout(self.block_values(), self.layout, layout, self.fill)
         have = self._have(layout).repeat_interleave(layout.block_k, -1)[:, :, :, None]
-        return torch.where(have, known, self.make_on(layout).to(known.dtype))
+        new = self.make_on(layout).to(known.dtype)
+        return torch.where(have, known, new if self.outside is None else self.outside.edit(new))
 
     def make_on(self, layout: BlockLayout) -> Tensor:
         """What `make` would give on the blocks of another layout, as the model had them."""

@@ -44,8 +44,12 @@ class PatternData(LazyData):
     def _lse_over(self, layout: BlockLayout) -> Tensor:
         return self.products.attend(self.products.k[..., :0], layout, "gather")[1]
 
-    def find_rest(self) -> Rest | None:
-        if not self.is_exact:
+    @property
+    def knows_outside(self) -> bool:
+        return super().knows_outside or (self.outside is None and self.is_exact)
+
+    def model_rest(self) -> Rest | None:
+        if not self.is_exact or self.rest is not None:
             return self.rest
         lse = next((each.lse_in_graph for each in self.lineage if each.lse_in_graph is not None), None)
         if lse is None:

@@ -35,14 +35,18 @@ def _row_sum(tensor: BlockSparseTensor) -> Shaped[Tensor, ...]:
     return torch.where(outside > 0, total + outside * tensor.fill, total)
 
 
-def _column_sum(tensor: BlockSparseTensor) -> Any:
-    if tensor.fill != 0:
-        return NotImplemented
+def _column_sum(tensor: BlockSparseTensor) -> Shaped[Tensor, ...]:
     values = tensor.row_values()
+    values = values if values.is_floating_point() else values.long()
     keys, real = row_keys(tensor)
     total = values.new_zeros(*values.shape[:-2], tensor.shape[-1])
     flat_keys = keys.masked_fill(~real, 0).flatten(-2)
-    return total.scatter_add(-1, flat_keys, values.masked_fill(~real, 0).flatten(-2))
+    total = total.scatter_add(-1, flat_keys, values.masked_fill(~real, 0).flatten(-2))
+    if tensor.fill == 0:
+        return total
+    kept = torch.zeros_like(total, dtype=torch.long).scatter_add(-1, flat_keys, real.flatten(-2).long())
+    outside = tensor.shape[-2] - kept
+    return torch.where(outside > 0, total + outside * tensor.fill, total)
 
 
 def _sum(tensor: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -55,8 +59,6 @@ def _sum(tensor: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = No
     else:
         result = folding.total(tensor, dims, keepdim)
         return result if dtype is None else result.to(dtype)
-    if total is NotImplemented:
-        return NotImplemented
     total = total.unsqueeze(done)
     rest = [d for d in dims if d != done]
     total = total.sum(rest, keepdim=True) if rest else total
@@ -66,10 +68,7 @@ def _sum(tensor: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = No
 
 
 def _mean(tensor: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    total = _sum(tensor, dim, keepdim, dtype=dtype)
-    if total is NotImplemented:
-        return NotImplemented
-    return total / _count(tensor, dimensions(tensor, dim))
+    return _sum(tensor, dim, keepdim, dtype=dtype) / _count(tensor, dimensions(tensor, dim))
 
 
 def _count(tensor: Any, dims: list[int]) -> int:
@@ -96,10 +95,6 @@ def _nansum(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return _sum(tensor.nan_to_num(0.0, torch.inf, -torch.inf), *args, **kwargs)
 
 
-def _count_nonzero(tensor: Any, dim: Any = None) -> Any:
-    return (tensor != 0).sum(dim)
-
-
 def _logsumexp(tensor: Any, dim: Any, keepdim: bool = False) -> Any:
     """Along the keys of scores, where what isn't kept counts nothing."""
     if dimensions(tensor, dim) != [tensor.dim() - 1] or tensor.fill != -torch.inf:
@@ -122,7 +117,6 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "var": _variance,
     "std": _deviation,
     "nansum": _nansum,
-    "count_nonzero": _count_nonzero,
     "logsumexp": _logsumexp,
     "any": _any,
     "all": _all,

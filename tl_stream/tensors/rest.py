@@ -8,6 +8,7 @@ section 3.1). So an edit of the recorded entries counts exactly, and what it doe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tl_stream.attention.complement import Complement
 from tl_stream.layout import BlockLayout
+from tl_stream.score_mod import RowAffine, ScoreMod
 from tl_stream.tensors.products import Products
 
 
@@ -27,11 +29,13 @@ class Rest:
         backend: As `StreamConfig.backend`.
         lse: The log-sum-exp by which rows are normalised, recorded entries and sink included; None: of scores, which are not
             normalised yet.
+        factor: What edits multiplied each row of a pattern by.
     """
 
     products: Products
     backend: str
     lse: Float[Tensor, "batch head_index query_pos"] | None = None
+    factor: float | Float[Tensor, "batch head_index query_pos 1"] = 1.0
 
     def logit(self, layout: BlockLayout) -> Float[Tensor, "batch head_index query_pos 1"]:
         """Log-sum-exp of each row outside `layout`, sink included."""
@@ -41,12 +45,38 @@ class Rest:
     def weigh(self, v: Tensor, layout: BlockLayout) -> Float[Tensor, "batch head_index query_pos d_v"]:
         """The part of z that comes from outside `layout`."""
         assert self.lse is not None
+        if not isinstance(self.factor, Tensor) and self.factor == 0:
+            return v.new_zeros(*layout.shape[:3], v.shape[-1])
         z, lse = self.products.attend(v, Complement.of(layout), self.backend)
-        return (lse - self.lse).exp()[..., None] * z
+        factor = self.factor.to(z) if isinstance(self.factor, Tensor) else self.factor
+        return (lse - self.lse).exp()[..., None] * z * factor
 
     def detach(self) -> Rest:
         """The same without gradients."""
-        return Rest(self.products.detach(), self.backend, None if self.lse is None else self.lse.detach())
+        factor = self.factor.detach() if isinstance(self.factor, Tensor) else self.factor
+        return Rest(self.products.detach(), self.backend, None if self.lse is None else self.lse.detach(), factor)
+
+    def edited(self, factor: Any, shift: Any) -> Rest:
+        """The same with `factor * entry + shift` in place of each entry, numbers or `[batch, head_index, query_pos, 1]`.
+
+        Raises:
+            NotImplementedError: A pattern with a shift, which would make each entry outside the record count, hidden ones
+                too; or scores with a gradient of the edit.
+        """
+        if self.lse is not None:
+            if bool(torch.as_tensor(shift != 0).any()):
+                raise NotImplementedError(
+                    "A hook added a number to a pattern; with forward='exact' it can't reach what was not recorded. Multiply "
+                    "it, assign x[...] = value, or edit hook_attn_scores."
+                )
+            return replace(self, factor=self.factor * factor)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in (factor, shift)):
+            raise NotImplementedError(
+                "A hook scaled or shifted scores by a tensor that requires a gradient; with forward='exact' that gradient "
+                "would miss what was not recorded. Detach it, or use forward='sparse'."
+            )
+        mods: tuple[ScoreMod, ...] = (*self.products.score_mods, RowAffine(factor, shift))
+        return replace(self, products=replace(self.products, score_mods=mods))
 
     def with_sink(self, sink: Tensor | None) -> Rest:
         """The same with a sink logit `[batch, head_index, query_pos, 1]` outside the recorded blocks."""

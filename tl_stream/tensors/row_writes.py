@@ -40,6 +40,17 @@ def write_rows(tensor: BlockSparseTensor, view: View, value: BlockSparseTensor) 
     before = data.block_values()
     moved = move_blocks(values, have, (want, used), value.fill, data.layout.block_k).to(before.dtype)
     data.values = before.index_put(at, torch.where(written, moved, before[at]))
+    _write_outside(data, view, value)
+
+
+def _write_outside(data: BlockData, view: View, value: BlockSparseTensor) -> None:
+    """What was not recorded is edited with the rest of its rows; in a record of another run only what either recorded is."""
+    if not data.hides_entries or value._data.origin is not data.origin:
+        return
+    new = value._data.edits.of_view(value._view, data.layout.device)
+    rows = slice(value._view.rows.start, value._view.rows.stop)
+    new = new.change(lambda x: x[:, :, rows] if isinstance(x, Tensor) else x)
+    data.outside = data.edits.with_rows(view, data.layout, new)
 
 
 def _blocks(rows: range, layout: BlockLayout) -> range:

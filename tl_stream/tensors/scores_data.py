@@ -27,8 +27,13 @@ class ScoresData(LazyData):
     def is_used(self) -> bool:
         return bool(self.patterns)
 
-    def find_rest(self) -> Rest | None:
-        return Rest(self.products, self.origin.config.backend) if self.origin.is_exact else self.rest
+    @property
+    def knows_outside(self) -> bool:
+        return super().knows_outside or (self.outside is None and self.origin.is_exact)
+
+    def model_rest(self) -> Rest | None:
+        known = self.rest is not None or not self.origin.is_exact
+        return self.rest if known else Rest(self.products, self.origin.config.backend)
 
     def make(self) -> Tensor:
         return self.make_on(self.layout)

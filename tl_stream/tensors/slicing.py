@@ -45,7 +45,7 @@ def _narrow(tensor: Any, dim: int, start: int, length: int) -> Any:
 
 
 def _pieces(name: str) -> Callable[..., Any]:
-    """`split` and `chunk`: ranges of one dimension, cut as torch cuts an ordinary tensor of that length."""
+    """`split`, `chunk` and `tensor_split`: ranges of one dimension, cut as torch cuts an ordinary tensor of that length."""
 
     def handler(tensor: Any, size: Any, dim: int = 0) -> Any:
         pieces = getattr(torch.arange(tensor.shape[dim]), name)(size)
@@ -67,5 +67,6 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "narrow": _narrow,
     "split": _pieces("split"),
     "chunk": _pieces("chunk"),
+    "tensor_split": _pieces("tensor_split"),
     "index_select": _index_select,
 }

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from tl_stream.layout import MAX_DENSE_ENTRIES
-from tl_stream.tensors import composite, einsum, elementwise, of_parts, slicing
+from tl_stream.tensors import elementwise, everywhere, of_parts, slicing
 from tl_stream.tensors.arranged import REARRANGING, rearrange
 from tl_stream.tensors.densify import flatten, make_dense
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
 from tl_stream.tensors.of_parts import TensorOfParts
 from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.view import is_integer
-from tl_stream.tensors.wrapper import SparseTensor
+from tl_stream.tensors.wrapper import TO_LOOK_AT, SparseTensor
 
 
 class StackedTensor(TensorOfParts):
@@ -55,13 +56,17 @@ class StackedTensor(TensorOfParts):
         if self.numel() > MAX_DENSE_ENTRIES:
             raise ValueError(
                 f"to_dense() would make {tuple(self.shape)} = {self.numel():,} entries; at most {MAX_DENSE_ENTRIES:,} are "
-                "made. Take one layer, fewer heads or a range of queries."
+                f"made. Take one layer, fewer heads or a range of queries. {TO_LOOK_AT}"
             )
         return torch.stack([part.to_dense() for part in self.parts])
 
     def product(self, x: Tensor, transposed: bool) -> Any:
         each = x.dim() == self.dim()
         results = [part.product(x[i if len(x) > 1 else 0] if each else x, transposed) for i, part in enumerate(self.parts)]
+        return NotImplemented if any(x is NotImplemented for x in results) else torch.stack(results)
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        results = [part.grouped(rows, keys, how) for part in self.parts]
         return NotImplemented if any(x is NotImplemented for x in results) else torch.stack(results)
 
 
@@ -117,8 +122,10 @@ def _split(tensor: StackedTensor, key: Any) -> tuple[Any, tuple[Any, ...]] | Non
     first: Any = items[0] if items else slice(None)
     rest = tuple(items[1:])
     lists = [i for i, item in enumerate(rest) if not isinstance(item, slice) and item is not None and item is not Ellipsis]
-    if not all(is_integer(rest[i]) for i in lists) and lists[-1] - lists[0] >= len(lists):
-        return None
+    if not all(is_integer(rest[i]) for i in lists):
+        listed = first is not None and not isinstance(first, slice) and not is_integer(first)
+        if listed or lists[-1] - lists[0] >= len(lists):  # torch pairs the lists, or puts what they take first
+            return None
     return (int(first) if is_integer(first) else first), rest
 
 
@@ -166,7 +173,7 @@ def _entrywise(leader: StackedTensor, name: str, func: Any, args: tuple, kwargs:
     """Entry by entry, in place or not, on each part; other tensors broadcast."""
     operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
     if any(isinstance(x, SparseTensor) and x.shape not in (leader.shape, leader.shape[1:]) for x in operands):
-        return NotImplemented
+        return NotImplemented if is_in_place(name, kwargs) else elementwise.broadcast(func, args, kwargs)
     if any(torch.broadcast_shapes(x.shape, leader.shape) != leader.shape for x in operands):
         return NotImplemented
 
@@ -244,7 +251,5 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "stack": stack,
     "cat": cat,
     **of_parts.HANDLERS,
-    **composite.HANDLERS,
-    **einsum.HANDLERS,
-    **slicing.HANDLERS,
+    **everywhere.HANDLERS,
 }

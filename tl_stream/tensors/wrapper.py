@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_stream.precision import as_product, outside_autocast
+from tl_stream.tensors.groups import Groups, How
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin
 
@@ -18,6 +19,11 @@ _METADATA = {
     "len", "hash", "get_device", "is_mkldnn", "is_vulkan", "is_ipu", "is_xla", "is_mtia", "is_maia", "is_neg", "is_conj",
     "output_nr", "_version", "is_sparse_csr", "is_hpu",
 }  # fmt: skip
+TO_LOOK_AT = (
+    "To look at it, take a window (x[..., 100:200, :100]), pool it (torch.nn.functional.avg_pool2d(x, 64), or einops.reduce(x, "
+    "'... (q s) (k t) -> ... q k', 'mean', s=64, t=64)), take means by sentence (tl_stream.analysis.sentence_matrix(cache, "
+    "layer, sentences)), or let tl_stream.viz.heads_view(cache, [(layer, head)], tokens) show it by block."
+)
 
 
 _PRODUCTS = {"matmul", "rmatmul", "bmm", "mm", "mv", "einsum"}
@@ -88,8 +94,21 @@ class SparseTensor(Wrapper):
         """The tensor with query and key last, and the letters of its dimensions in that order; None where some are merged."""
         return self, letters
 
+    def row_and_key_dims(self) -> set[int]:
+        """The dimensions that show rows or keys, alone or merged with others."""
+        return {self.dim() - 2, self.dim() - 1}
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape before dimensions were rearranged: rows and keys last."""
+        return tuple(self.shape)
+
     def product(self, x: Tensor, transposed: bool) -> Any:
         """`self @ x`, or `self.mT @ x`, where x broadcasts over the dimensions before those; NotImplemented if unknown."""
+        raise NotImplementedError
+
+    def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
+        """Sum, maximum or minimum over each group of rows x group of keys, an ordinary tensor; NotImplemented if unknown."""
         raise NotImplementedError
 
     def stored_tensors(self) -> list[Tensor]:
