@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
+from tl_stream.hosts.overrides import entry_hook, exit_hook, standing
 from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores import AttentionScores
+from tl_stream.tensors.wrapper import Wrapper
 
 
 def stream(scores: Tensor, hook: Any) -> Tensor:
@@ -71,11 +76,35 @@ def call_complete(point: HookPoint, x: Tensor) -> Any:
     return complete(x, type(point)._call_impl(point, x), point)
 
 
+@contextmanager
+def never_dense(block: Module, hook_attn_scores: HookPoint, layer: int) -> Iterator[None]:
+    """Raise NotImplementedError where `block` runs and no scores of ours come by: it took its attention elsewhere, densely."""
+    passed = False
+
+    def begin(*_: Any) -> None:
+        nonlocal passed
+        passed = False
+
+    def note(_: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal passed
+        passed = passed or isinstance(args[0], Wrapper)
+
+    def end(*_: Any) -> None:
+        if not passed:
+            raise NotImplementedError(
+                f"Layer {layer} ran without the attention that {hook_attn_scores.name} shows: other code stands in its place (a "
+                "forward of its own, or another module), and would stay dense in silence. Restore TransformerLens's attention."
+            )
+
+    with entry_hook(block, begin), entry_hook(hook_attn_scores, note), exit_hook(block, end):
+        yield
+
+
 def to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`to_tokens` without truncation: a text that is too long raises."""
     if len(args) < 4:
         kwargs.setdefault("truncate", False)
-    return check_length(type(model).to_tokens(model, input, *args, **kwargs), None, model.cfg.n_ctx)
+    return check_length(standing(model, "to_tokens")(input, *args, **kwargs), None, model.cfg.n_ctx)
 
 
 def as_prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
