@@ -8,6 +8,7 @@ O(rows T) for the answer's rows; the dense model isn't asked. What earlier rows 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 
 from tl_stream.audit import Audit
 from tl_stream.cache import SparseActivationCache
+from tl_stream.hosts import host_of
+from tl_stream.hosts.arguments import check_keywords
 from tl_stream.tracing import sparse
 
 
@@ -50,9 +53,9 @@ def recheck(
             are those of another length; `text` isn't of the run's batch size, or is padded on the right; a `return_type`; or
             as `SparseActivationCache.audit`.
         KeyError: A layer's pattern isn't in the cache.
-        TypeError: `rows` isn't an int, or a pattern was written to.
+        TypeError: `rows` isn't an int, a keyword that nobody takes, or a pattern was written to.
     """
-    _check_arguments(rows, kwargs)
+    _check_arguments(model, rows, kwargs)
     known = cache.next_tokens
     if known is None or not 1 <= rows <= known.token.shape[1]:
         n = 0 if known is None else known.token.shape[1]
@@ -71,8 +74,11 @@ def recheck(
     return cache.audit(rows, sample, reread=known.reread(logits), confidence=confidence, seed=seed)
 
 
-def _check_arguments(rows: Any, kwargs: dict[str, Any]) -> None:
+def _check_arguments(model: Any, rows: Any, kwargs: dict[str, Any]) -> None:
     if isinstance(rows, bool) or not isinstance(rows, int):
         raise TypeError(f"rows was {rows!r}; expected an int: how many of the last rows make the answer.")
     if "return_type" in kwargs:
         raise ValueError(f"return_type was {kwargs['return_type']!r}; a recheck needs logits. Leave it out.")
+    check_keywords(
+        model, host_of(model), kwargs, ("forward",), inspect.signature(recheck).parameters.keys() - {"model", "text"}
+    )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -14,30 +13,23 @@ from tl_stream.audit import NextTokens
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig, as_config
 from tl_stream.hosts import host_of, model_classes
-from tl_stream.hosts.overrides import entry_hook
-from tl_stream.tensors.products import Origin
+from tl_stream.hosts.arguments import check_keywords
+from tl_stream.hosts.installation import Trace, opened
+from tl_stream.hosts.uninterrupted import Uninterrupted
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What `sparse` yields.
-
-    Attributes:
-        config: The config in force.
-        fallbacks: How often an operation unknown to the sparse tensors was made dense, by its name.
-    """
-
-    config: StreamConfig
-    fallbacks: Counter[str] = field(default_factory=Counter)
-
-
-@contextmanager
-def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: int | None = None) -> Iterator[Trace]:
+def sparse(
+    model: Any, config: StreamConfig | None = None, *, logits_to_keep: int | None = None
+) -> AbstractContextManager[Trace]:
     """Within this context the model's attention is sparse: `run_with_cache`, `run_with_hooks`, `generate`, all of it.
 
     Every layer keeps the key blocks that Stream estimates (arXiv:2510.19875); `hook_attn_scores` and `hook_pattern` show
-    `BlockSparseScores` and `BlockSparsePattern`, all other hook points ordinary tensors. The model is afterwards as it was
-    found, also after an exception. Contexts nest: the inner one counts.
+    `BlockSparseScores` and `BlockSparsePattern`, all other hook points ordinary tensors.
+
+    Contexts nest: the one opened last counts. They may be left in any order: each ends itself, and when the last one has been
+    left the model is as it was found, also after an exception or Ctrl-C. An asyncio task sees the contexts that it opened
+    itself, and those in which it was started; where it sees none while another task of its thread has one open, its runs are
+    refused. A model is traced by one thread at a time; meanwhile it is dense in other threads.
 
     Args:
         model: A causal HookedTransformer or TransformerBridge.
@@ -48,8 +40,15 @@ def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: in
         TypeError: The model or the config is of the wrong type.
         ValueError: The model can't be traced, or the config names layers that it doesn't have. Within the context: an input
             that is empty or longer than n_ctx, NaN in q or k, and a `layout_from` of another size.
+        RuntimeError: Another thread traces the model, or another model that shares its layers is being traced. Where a context
+            is open: a run of which it can't be told whether it should be traced.
         KeyError: `layout_from` lacks a layer.
     """
+    return Uninterrupted(_traced(model, config, logits_to_keep))
+
+
+@contextmanager
+def _traced(model: Any, config: StreamConfig | None, logits_to_keep: int | None) -> Iterator[Trace]:
     config = as_config(config)
     _check_logits_to_keep(logits_to_keep)
     host = host_of(model)
@@ -57,12 +56,7 @@ def sparse(model: Any, config: StreamConfig | None = None, *, logits_to_keep: in
     if config.layout_from is not None:
         for layer in host.attention_layers(model).keys() - dense:
             config.layout_from.block_layout(layer)
-    trace = Trace(config)
-    with ExitStack() as stack:
-        host.install(model, lambda layer: Origin(config, layer, layer in dense, trace.fallbacks), stack)
-        if logits_to_keep is not None:
-            last = slice(-logits_to_keep, None)
-            stack.enter_context(entry_hook(model.unembed, lambda _, args, kwargs: ((args[0][:, last], *args[1:]), kwargs)))
+    with opened(model, host, Trace(config, dense, logits_to_keep)) as trace:
         yield trace
 
 
@@ -91,8 +85,10 @@ def run_with_sparse_cache(
         The model's output, and the cache. Its patterns and scores are sparse: exact for the sparse model.
 
     Raises:
-        TypeError, ValueError: As `sparse`; also `logits_to_keep` with a loss, which needs all logits.
+        TypeError: As `sparse`; also a keyword that nobody takes, and a config among `model_args`.
+        ValueError: As `sparse`; also `logits_to_keep` with a loss, which needs all logits.
     """
+    _check_arguments(model, model_args, kwargs)
     return_type = kwargs.get("return_type", model_args[1] if len(model_args) > 1 else "logits")
     if logits_to_keep is not None and return_type in ("loss", "both"):
         raise ValueError(
@@ -134,6 +130,15 @@ def register() -> None:
                 "overwrite it. Remove it before importing tl_stream."
             )
         setattr(owner, name, run_with_sparse_cache)
+
+
+def _check_arguments(model: Any, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    own = inspect.signature(run_with_sparse_cache).parameters.keys() - {"model", "model_args", "kwargs"}
+    check_keywords(model, host_of(model), kwargs, ("run_with_cache", "forward"), own)
+    if any(isinstance(x, StreamConfig) for x in model_args):
+        raise TypeError(
+            "A StreamConfig was given without a name, as an argument of the model; expected config=StreamConfig(...)."
+        )
 
 
 def _check_logits_to_keep(n: Any) -> None:

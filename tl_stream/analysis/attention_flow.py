@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tl_stream.analysis.kept import KeptEntries, KeptRows, patterns_of
 from tl_stream.fidelity.runs import wide
+from tl_stream.precision import outside_autocast
 
 EPSILON = 1e-5
 CHUNK_NUMBERS = 2**22
@@ -147,15 +148,18 @@ class AttentionFlow:
             found.append(importance(self.after[some, None], parts))
         return torch.cat(found)
 
+    @outside_autocast
     def moved(self, head: int, key_pos: Int[Tensor, " key"]) -> Float[Tensor, "key d_model"]:
         """What a head would add from some keys, were its whole attention on each and no norm after it: `v_j W_O`."""
         group = self.entries.n_heads // self.v.shape[1]
         return self.v[key_pos, head // group] @ self.W_O[head]
 
+    @outside_autocast
     def _summed(self, z: Float[Tensor, "pos head_index d_v"], bias: Tensor | None) -> Float[Tensor, "pos d_model"]:
         """The sum of all parts of attention and the bias, before a norm."""
         return torch.einsum("phd,hdm->pm", z, self.W_O) + (0 if bias is None else bias.detach().to(z))
 
+    @outside_autocast
     def _check(self, z: Float[Tensor, "head_index d_v"], summed: Float[Tensor, " d_model"], layer: int, forward: str) -> None:
         """That the parts are those of this model, in its last row."""
         agree = _close(summed if self.gain is None else summed * self.gain[-1], self.added[-1])

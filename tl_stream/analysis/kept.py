@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_stream import score_mod
 from tl_stream.fidelity.runs import wide
 from tl_stream.layout import BlockLayout
+from tl_stream.precision import outside_autocast
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
 from tl_stream.tensors.pattern_data import PatternData
@@ -118,6 +119,7 @@ class KeptEntries:
         used = slots < layout.kv_num_blocks[self.text][:, blocks, None]
         return layout.kv_indices[self.text][:, blocks].long(), used
 
+    @outside_autocast
     def _computed(self, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         """`exp(score - lse)`, from q and k."""
         data = self.data

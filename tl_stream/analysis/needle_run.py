@@ -13,6 +13,7 @@ from tl_stream.cache import is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.pairs import PromptPairs
 from tl_stream.fidelity.runs import greedy_tokens
+from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.layout import BlockLayout
 from tl_stream.tasks import Task
 from tl_stream.tensors.joined_layout import JoinedLayout
@@ -57,7 +58,7 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
     notes, pairs = _Notes(positions, prompt.shape[1]), PromptPairs()
     steps = answer_tokens(model.tokenizer, task)
-    hooks = model.hooks(fwd_hooks=[(is_pattern, notes.take)])
+    hooks = Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, notes.take)]))
     with sparse(model, config, logits_to_keep=1), pairs.counted(model), hooks:
         tokens = greedy_tokens(model, prompt, steps)
     text = model.tokenizer.decode(tokens[0], skip_special_tokens=True)

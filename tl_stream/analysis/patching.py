@@ -21,6 +21,7 @@ from tl_stream.analysis.patching_result import Effect, PatchEffects
 from tl_stream.analysis.refinement import Refinement
 from tl_stream.config import StreamConfig, as_config
 from tl_stream.hosts.hooks import as_prompt
+from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tracing import sparse
 
 Metric = Callable[[Float[Tensor, "1 pos d_vocab"]], Any]
@@ -83,7 +84,7 @@ def patch_by_block(
     check_count("logits_to_keep", logits_to_keep)
     run = _Run(model, pair[1], metric, as_config(config), logits_to_keep)
     kept: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=[(name, partial(_note, kept, name)) for name in names.values()]):
+    with Uninterrupted(model.hooks(fwd_hooks=[(name, partial(_note, kept, name)) for name in names.values()])):
         (clean_metric,) = run.metrics(pair[0])
     (corrupted_metric,) = run.metrics(pair[1])
     if clean_metric == corrupted_metric:
@@ -129,7 +130,7 @@ class _Run:
                     x[text, start:stop] = clean[0, start:stop]
                 return x
 
-            with self.model.hooks(fwd_hooks=[(name, patch)]):
+            with Uninterrupted(self.model.hooks(fwd_hooks=[(name, patch)])):
                 found += self.metrics(self.text.expand(len(group), -1))
             bar.update(len(group))
         return found

@@ -30,6 +30,7 @@ from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.runs import dense_config, wide
 from tl_stream.hosts.hooks import to_all_tokens
+from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tensors.hidden_keys import hide_keys
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
@@ -164,7 +165,8 @@ def _divergence(
     hidden = torch.zeros(len(batch), tokens.shape[1], dtype=torch.bool, device=tokens.device)
     for i, source in enumerate(batch):
         hidden[i, segments.spans[source].slice] = True
-    with model.hooks(fwd_hooks=[(_is_scores, lambda scores, hook: hide_keys(scores, hidden.to(scores.device)))]):
+    hide = [(_is_scores, lambda scores, hook: hide_keys(scores, hidden.to(scores.device)))]
+    with Uninterrupted(model.hooks(fwd_hooks=hide)):
         logits = model(tokens.expand(len(batch), -1))
     step = max(1, _ENTRIES_AT_ONCE // (len(batch) * logits.shape[-1]))
     pairs = zip(base.split(step), logits.split(step, 1), strict=True)

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from tl_stream import score_mod
 from tl_stream.attention.chunks import Chunk, chunks, whole
 from tl_stream.layout import BlockLayout
+from tl_stream.precision import outside_autocast
 from tl_stream.score_mod import ScoreMod
 
 LN_2 = math.log(2)
@@ -39,6 +40,7 @@ def gather_attention(
     return _GatherAttention.apply(q, k, v, sink, layout, scale, tuple(score_mods))
 
 
+@outside_autocast
 def block_scores(
     q: Tensor, k: Tensor, layout: BlockLayout, *, scale: float, score_mods: Sequence[ScoreMod]
 ) -> Float[Tensor, "batch head_index q_block block_q key"]:
@@ -102,6 +104,7 @@ class _GatherAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx, grad_z, grad_lse):
         q, k, v, sink = ctx.saved_tensors
         keys, values = cut_keys(k, ctx.layout), cut_keys(v, ctx.layout)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from tl_stream.config import BACKENDS
 from tl_stream.layout import BlockLayout
+from tl_stream.precision import outside_autocast
 from tl_stream.score_mod import ScoreMod
 
 
+@outside_autocast
 def sparse_attention(
     q: Float[Tensor, "batch head_index query_pos d_head"],
     k: Float[Tensor, "batch kv_head_index key_pos d_head"],

@@ -25,12 +25,14 @@ from torch.nn.functional import pad
 from tl_stream import score_mod
 from tl_stream.audit.rows import SoftmaxRows
 from tl_stream.layout import BlockLayout
+from tl_stream.precision import outside_autocast
 
 SAMPLES = 256
 _CHUNK_ENTRIES = 2**21
 
 
 @torch.no_grad()
+@outside_autocast
 def estimated_mass(
     rows: SoftmaxRows, lse: Float[Tensor, "batch head_index query_pos"], seed: int = 0
 ) -> Float[Tensor, "batch head_index query_pos"]:

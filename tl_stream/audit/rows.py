@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from tl_stream import score_mod
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
+from tl_stream.precision import outside_autocast
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.products import Products
@@ -55,6 +56,7 @@ class SoftmaxRows:
         chosen = torch.tensor([index], device=device), torch.arange(self.layout.n_heads, device=device)
         return replace(self, products=self.products.select(*chosen), layout=self.layout.select(*chosen))
 
+    @outside_autocast
     def scores(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "batch head_index row key_pos"]:
         """Scores of every key, -inf where the mask forbids. O(T d_head) a row."""
         products, mask = self.products, self.layout.mask

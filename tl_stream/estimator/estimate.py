@@ -19,12 +19,14 @@ from tl_stream.estimator.problem import Problem
 from tl_stream.estimator.static import random_masses, window_masses
 from tl_stream.layout import BlockLayout
 from tl_stream.masking import AttentionMask
+from tl_stream.precision import outside_autocast
 from tl_stream.score_mod import ScoreMod
 
 _TREES = {"stream": by_mean, "hip": by_centre, "box": by_box}
 
 
 @torch.no_grad()
+@outside_autocast
 def estimate_layout(
     q: Float[Tensor, "batch head_index query_pos d_head"],
     k: Float[Tensor, "batch kv_head_index key_pos d_head"],

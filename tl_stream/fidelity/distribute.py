@@ -21,6 +21,8 @@ from tl_stream.config import StreamConfig, as_config, check_shares
 from tl_stream.estimator import Problem, block_shares
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.hosts import host_of
+from tl_stream.hosts.uninterrupted import Uninterrupted
+from tl_stream.precision import outside_autocast
 from tl_stream.tensors import BlockSparsePattern
 from tl_stream.tensors.retained import recomputable
 from tl_stream.tracing import run_with_sparse_cache
@@ -89,7 +91,7 @@ class HeadShares:
 
     def measured(self, model: Any) -> AbstractContextManager[Any]:
         """Within this context the model's next full run over the text is measured, layer by layer."""
-        return model.hooks(fwd_hooks=[(is_pattern, self._note)])
+        return Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, self._note)]))
 
     def budget(self, total: int) -> PerHead:
         """So many blocks over all heads, where they hold the most attention."""
@@ -108,6 +110,7 @@ class HeadShares:
             self.curves[layer] = curve(pattern, self.config, self.at_most)
 
 
+@outside_autocast
 def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Float[Tensor, "head_index rank"]:
     """The share of attention that the r-th best key block holds, in the mean over the query blocks of each head."""
     data, products = recomputable(pattern)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_stream.cache import is_pattern
+from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tensors import BlockSparsePattern
 from tl_stream.tensors.joined import JoinedTensor
 
@@ -34,7 +35,7 @@ class PromptPairs:
                 self.kept += pattern.block_layout.n_kept_pairs
                 self.allowed += pattern.block_layout.n_pairs
 
-        return model.hooks(fwd_hooks=[(is_pattern, note)])
+        return Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, note)]))
 
     @property
     def pruned(self) -> float:

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
+from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
 _POINTS = ("hook_pattern", "hook_z", "hook_resid_post")
@@ -84,7 +85,7 @@ class Continuation:
         def note(x: Tensor, hook: Any) -> None:
             notes.setdefault(hook.name, []).append(x[:, -1])
 
-        with sparse(model, config, logits_to_keep=1), model.hooks(fwd_hooks=[(_is_resid, note)]):
+        with sparse(model, config, logits_to_keep=1), Uninterrupted(model.hooks(fwd_hooks=[(_is_resid, note)])):
             tokens = greedy_tokens(model, prompt, steps)
         return cls(tokens, torch.stack([torch.stack(x, 1) for x in notes.values()]))
 

@@ -1,6 +1,6 @@
 """What differs between the kinds of models that TransformerLens has: where the seam is, and where masks come from.
 
-A host is a module with `why_not(model)`, `attention_layers(model)`, `install(model, origin_of, stack)` and
+A host is a module with `why_not(model)`, `attention_layers(model)`, `keywords(model)`, `install(model, installation)` and
 `unchanged_on_error(run_arguments)`: one for HookedTransformer, one for TransformerBridge.
 """
 
@@ -34,7 +34,7 @@ def host_of(model: Any) -> ModuleType:
     for kind, name in model_classes().items():
         if isinstance(model, kind):
             host = import_module(f"tl_stream.hosts.{name}")
-            reason = host.why_not(model)
+            reason = _without_data(model) or host.why_not(model)
             if reason:
                 raise ValueError(f"model can't be traced: {reason}.")
             return host
@@ -43,6 +43,14 @@ def host_of(model: Any) -> ModuleType:
         f"model was a {type(model).__name__}; expected a {expected} of transformer_lens (encoders and encoder-decoder "
         "models are not causal, and remote drivers don't compute attention here)."
     )
+
+
+def _without_data(model: Any) -> str | None:
+    """Why a model that is only a skeleton can't be traced; weights that accelerate brings in when they are needed are there."""
+    brought_in = hasattr(getattr(model, "original_model", None), "hf_device_map")
+    if brought_in or not any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    return "its weights are on the meta device, where tensors have no data; load them (to_empty() makes room for them)"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Hugging Face module has used it, `hook_attn_scores` and `hook_pattern` fire at t
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
-from tl_stream.hosts.hooks import complete, stream, watch_gradient
-from tl_stream.hosts.overrides import first_hook, override_attribute, override_buffer, override_method
+from tl_stream.hosts.hooks import complete, first_hook, stream, watch_gradient
+from tl_stream.hosts.overrides import Overrides
 from tl_stream.hosts.predicates import mask_from_predicate
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Scale, Tanh
@@ -31,25 +31,25 @@ from tl_stream.tensors.scores import AttentionScores, CaptureProduct
 class BridgeAttention:
     """Stream between q . k and the softmax of one attention module."""
 
-    def __init__(self, attn: Any, origin: Origin, n_heads: int, kv_heads: int) -> None:
-        self.attn, self.origin, self.n_heads, self.kv_heads = attn, origin, n_heads, kv_heads
-        self.capture = self._new_capture()
+    def __init__(self, attn: Any, origin_of: Callable[[], Origin], n_heads: int, kv_heads: int) -> None:
+        self.attn, self.origin_of, self.n_heads, self.kv_heads = attn, origin_of, n_heads, kv_heads
+        self.capture: CaptureProduct | None = None  # that of the call in progress
         self.fired: set[Module] = set()
 
-    def install(self, stack: ExitStack) -> None:
-        """Take the module over until `stack` is closed."""
+    def install(self, overrides: Overrides) -> None:
+        """Take the module over."""
         attn = self.attn
-        for point in {*_hook_points(attn), *attn.submodules.values()}:
-            stack.enter_context(override_method(point, "_call_impl", partial(self._call_part, point)))
+        first_hook(overrides, attn.hook_attn_scores, stream)
+        first_hook(overrides, attn.hook_pattern, watch_gradient)
+        for part in {*_hook_points(attn), *attn.submodules.values()}:
+            overrides.method(part, "_call_impl", partial(self._call_part, part))
         for owner, name, buffer in _mask_buffers(attn):
-            stack.enter_context(override_buffer(owner, name, _BufferMask(buffer)))
-        stack.enter_context(override_method(attn, "_call_impl", self._call))
-        stack.enter_context(override_method(attn, "_apply_reconstruct_attention_mask", self._apply_mask))
+            overrides.put(owner._buffers, name, _BufferMask(buffer, overrides.is_on))
+        overrides.method(attn, "_call_impl", self._call)
+        overrides.method(attn, "_apply_reconstruct_attention_mask", self._apply_mask)
         if hasattr(attn, "_masked_softmax"):
-            stack.enter_context(override_method(attn, "_masked_softmax", _softmax))
-        stack.enter_context(override_attribute(attn, "_pattern", attn._pattern))
-        stack.enter_context(first_hook(attn.hook_attn_scores, stream))
-        stack.enter_context(first_hook(attn.hook_pattern, watch_gradient))
+            overrides.method(attn, "_masked_softmax", _softmax)
+        overrides.put(attn.__dict__, "_pattern", attn._pattern)
 
     def attend(
         self,
@@ -82,11 +82,12 @@ class BridgeAttention:
         scores = AttentionScores(Products(q, k), self.origin).with_mod(
             Scale(q.shape[-1] ** -0.5 if scaling is None else scaling)
         )
+        assert self.capture is not None
         self.capture.scores = scores
         if softcap is not None:
             for mod in (Scale(1 / softcap), Tanh(), Scale(softcap)):
                 scores = scores.with_mod(mod)
-        sparse = self._fire(self.attn.hook_attn_scores, self._apply_mask(scores, attention_mask, k.shape[2], q.shape[2]))
+        sparse = self._fire(self.attn.hook_attn_scores, self._masked(scores, attention_mask, k.shape[2], q.shape[2]))
         if s_aux is not None:
             column = s_aux.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
             weights = torch.softmax(torch.cat([sparse, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
@@ -97,44 +98,54 @@ class BridgeAttention:
         z = pattern @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         return z.transpose(1, 2).contiguous(), pattern
 
-    def _new_capture(self) -> CaptureProduct:
-        hooks = partial(self._fire, self.attn.hook_attn_scores), partial(self._fire, self.attn.hook_pattern)
-        return CaptureProduct(self.origin, self.n_heads, self.kv_heads, hooks)
+    @property
+    def origin(self) -> Origin:
+        """That of the call in progress."""
+        assert self.capture is not None
+        return self.capture.origin
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's own call, with q . k^T noted."""
-        self.capture, self.fired = self._new_capture(), set()
-        with self.capture:
-            output = type(self.attn)._call_impl(self.attn, *args, **kwargs)
-        if self.capture.scores is None:
-            raise NotImplementedError(
-                f"The attention of layer {self.origin.layer} ({type(self.attn).__name__} around "
-                f"{type(self.attn.original_component).__name__}) took no product of q and k that could be captured; it can't "
-                "be traced."
-            )
-        self.capture, self.fired = self._new_capture(), set()
-        return output
+        before = self.capture, self.fired  # a hook may run the model, too
+        hooks = partial(self._fire, self.attn.hook_attn_scores), partial(self._fire, self.attn.hook_pattern)
+        self.capture, self.fired = CaptureProduct(self.origin_of(), self.n_heads, self.kv_heads, hooks), set()
+        try:
+            with self.capture:
+                output = original(*args, **kwargs)
+            if self.capture.scores is None:
+                raise NotImplementedError(
+                    f"The attention of layer {self.origin.layer} ({type(self.attn).__name__} around "
+                    f"{type(self.attn.original_component).__name__}) took no product of q and k that could be captured; it "
+                    "can't be traced."
+                )
+            return output
+        finally:
+            self.capture, self.fired = before
 
-    def _call_part(self, part: Module, *args: Any, **kwargs: Any) -> Any:
+    def _call_part(self, part: Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A hook point or projection within the module. What fired at the softmax doesn't fire again afterwards."""
         if part in self.fired:
             return args[0]
-        before, self.capture.paused = self.capture.paused, True
+        if self.capture is None:
+            return original(*args, **kwargs)
+        capture = self.capture
+        before, capture.paused = capture.paused, True
         try:
-            result = type(part)._call_impl(part, *args, **kwargs)
+            result = original(*args, **kwargs)
             is_recorded = part in (self.attn.hook_attn_scores, self.attn.hook_pattern)
-            return complete(args[0], result, part) if self.origin.is_exact and is_recorded else result
+            return complete(args[0], result, part) if is_recorded else result
         finally:
-            self.capture.paused = before
+            capture.paused = before
 
     def _fire(self, point: HookPoint, x: Tensor) -> Tensor:
         result = point(x)
         self.fired.add(point)
         return result
 
-    def _apply_mask(
-        self, attn_scores: Any, attention_mask: Tensor | None, seq_len: int, q_seq_len: int | None = None
-    ) -> Tensor:
+    def _apply_mask(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        return self._masked(*args, **kwargs)
+
+    def _masked(self, attn_scores: Any, attention_mask: Tensor | None, seq_len: int, q_seq_len: int | None = None) -> Tensor:
         """`_apply_reconstruct_attention_mask` without a query_pos x key_pos tensor."""
         if isinstance(attention_mask, MaskTensor):
             n_queries, n_keys = attn_scores.shape[-2:]
@@ -174,15 +185,17 @@ def _mask_buffers(attn: Any) -> list[tuple[Module, str, Tensor]]:
 class _BufferMask:
     """Stands in the place of a mask buffer `[..., query_pos, key_pos]`: a part of it is a `MaskTensor`, found by bisection."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: Tensor, is_on: Callable[[], bool]) -> None:
+        self.buffer, self.is_on = buffer, is_on
         self.hides = not bool(buffer.flatten()[0])  # a query may always read itself
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.buffer, memo)
 
-    def __getitem__(self, key: Any) -> MaskTensor:
+    def __getitem__(self, key: Any) -> Tensor:
         part = self.buffer[key]
+        if not self.is_on():
+            return part
         part = part.view(part.shape[-2:])
         n_queries, n_keys = part.shape
 
@@ -193,6 +206,6 @@ class _BufferMask:
         return MaskTensor(make, (1, 1, n_queries, n_keys), torch.bool, part.device, self.hides)
 
 
-def _softmax(attn_scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _softmax(original: Callable[..., Any], attn_scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`_masked_softmax`: sparse patterns are 0 in rows without keys anyway."""
     return torch.softmax(attn_scores, dim=-1, dtype=dtype)

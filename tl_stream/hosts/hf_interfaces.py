@@ -7,8 +7,7 @@ alone call us with their queries, keys and values.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from tl_stream.hosts.overrides import override_attribute
+from tl_stream.hosts.overrides import Overrides
 from tl_stream.hosts.predicates import mask_from_predicate
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.mask_tensor import MaskTensor
@@ -25,30 +24,36 @@ _numbers = itertools.count()
 
 
 class _Name(str):
-    """The name of our implementation. A deep copy of a config that holds it holds what stood there before."""
+    """The name of our implementation; where the model isn't traced, as good as the name that stood there before.
+
+    A deep copy of a config that holds it holds that one.
+    """
 
     before: Any
+    is_on: Callable[[], bool]
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True if self.is_on() else bool(self.before == other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return str.__hash__(self) if self.is_on() else hash(self.before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.before
 
 
-@contextmanager
-def own_implementation(configs: Iterable[Any], attention: Callable[..., Any]) -> Iterator[None]:
+def own_implementation(overrides: Overrides, configs: Iterable[Any], attention: Callable[..., Any]) -> None:
     """`attention` computes attention under `configs`, which get `MaskTensor`s for masks, meanwhile."""
     name = f"tl_stream_{next(_numbers)}"
-    AttentionMaskInterface.register(name, make_mask)
-    AttentionInterface.register(name, attention)
-    try:
-        with ExitStack() as stack:
-            for config in configs:
-                own = _Name(name)
-                own.before = config._attn_implementation_internal
-                stack.enter_context(override_attribute(config, "_attn_implementation_internal", own))
-            yield
-    finally:
-        del AttentionMaskInterface._global_mapping[name]
-        del AttentionInterface._global_mapping[name]
+    overrides.put(AttentionMaskInterface._global_mapping, name, make_mask)
+    overrides.put(AttentionInterface._global_mapping, name, attention)
+    for config in configs:
+        own = _Name(name)
+        own.before, own.is_on = config._attn_implementation_internal, overrides.is_on
+        overrides.put(config.__dict__, "_attn_implementation_internal", own)
 
 
 def make_mask(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Int
@@ -11,13 +10,19 @@ from torch import Tensor
 from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
-from tl_stream.hosts.overrides import entry_hook, exit_hook, standing
+from tl_stream.hosts.arguments import check_length
+from tl_stream.hosts.overrides import Overrides, standing
 from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores import AttentionScores
 from tl_stream.tensors.wrapper import Wrapper
+
+
+def first_hook(overrides: Overrides, point: HookPoint, hook: Callable[[Any, HookPoint], Any]) -> None:
+    """`hook` changes what enters `point` meanwhile, before all of TransformerLens's hooks; `reset_hooks()` leaves it."""
+    overrides.entry(point, lambda args, kwargs: ((hook(args[0], point),), kwargs))
 
 
 def stream(scores: Tensor, hook: Any) -> Tensor:
@@ -34,7 +39,9 @@ def watch_gradient(tensor: Tensor, hook: Any) -> Tensor:
 
 
 def complete(before: Tensor, after: Any, hook: Any) -> Any:
-    """What a hook point hands to the model under `forward="exact"`: the record, as hooks left it, and what lies outside it.
+    """What a hook point hands to the model: what came out of it.
+
+    Under `forward="exact"` that is the record, as hooks left it, and what lies outside it.
 
     Args:
         before: What entered the hook point: `AttentionScores` or a sparse pattern.
@@ -44,7 +51,7 @@ def complete(before: Tensor, after: Any, hook: Any) -> Any:
     Raises:
         NotImplementedError: A hook returned an ordinary tensor, which can't say what lies outside the record.
     """
-    if not isinstance(before, AttentionScores | BlockSparseTensor):
+    if not isinstance(before, AttentionScores | BlockSparseTensor) or not before.origin.is_exact:
         return after
     if not isinstance(after, BlockSparseTensor):
         raise NotImplementedError(
@@ -71,40 +78,44 @@ def _rest_of(before: AttentionScores | BlockSparseTensor, hook: Any) -> Rest:
     return rest
 
 
-def call_complete(point: HookPoint, x: Tensor) -> Any:
+def call_complete(point: HookPoint, original: Callable[..., Any], x: Tensor) -> Any:
     """`point(x)`, completed."""
-    return complete(x, type(point)._call_impl(point, x), point)
+    return complete(x, original(x), point)
 
 
-@contextmanager
-def never_dense(block: Module, hook_attn_scores: HookPoint, layer: int) -> Iterator[None]:
-    """Raise NotImplementedError where `block` runs and no scores of ours come by: it took its attention elsewhere, densely."""
-    passed = False
+def never_dense(overrides: Overrides, block: Module, hook_attn_scores: HookPoint, layer: int) -> None:
+    """Raise NotImplementedError where `block` ran and no scores of ours came by: it took its attention elsewhere, densely."""
+    seen: list[bool] = []  # for each call in progress: a hook may run the model, too
 
-    def begin(*_: Any) -> None:
-        nonlocal passed
-        passed = False
+    def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if seen and isinstance(args[0], Wrapper):
+            seen[-1] = True
+        return args, kwargs
 
-    def note(_: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal passed
-        passed = passed or isinstance(args[0], Wrapper)
+    def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(False)
+        try:
+            output = original(*args, **kwargs)
+            if not seen[-1]:
+                raise NotImplementedError(
+                    f"Layer {layer} ran without the attention that {hook_attn_scores.name} shows: other code stands in its place, "
+                    "a forward of its own or another module, and would stay dense in silence. Restore TransformerLens's attention."
+                )
+            return output
+        finally:
+            seen.pop()
 
-    def end(*_: Any) -> None:
-        if not passed:
-            raise NotImplementedError(
-                f"Layer {layer} ran without the attention that {hook_attn_scores.name} shows: other code stands in its place (a "
-                "forward of its own, or another module), and would stay dense in silence. Restore TransformerLens's attention."
-            )
-
-    with entry_hook(block, begin), entry_hook(hook_attn_scores, note), exit_hook(block, end):
-        yield
+    overrides.entry(hook_attn_scores, note)
+    overrides.method(block, "_call_impl", call)
 
 
 def to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`to_tokens` without truncation: a text that is too long raises."""
     if len(args) < 4:
         kwargs.setdefault("truncate", False)
-    return check_length(standing(model, "to_tokens")(input, *args, **kwargs), None, model.cfg.n_ctx)
+    tokens = standing(model, "to_tokens")(input, *args, **kwargs)
+    check_length(tokens, model.cfg.n_ctx)
+    return tokens
 
 
 def as_prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
@@ -122,16 +133,3 @@ def as_prompt(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
     if not tokens.numel():
         raise ValueError(f"tokens were of shape {tuple(tokens.shape)}; expected at least one token.")
     return tokens if tokens.dim() == 2 else tokens[None]
-
-
-def check_length(x: Tensor, hook: Any, n_ctx: int) -> Tensor:
-    """Raise ValueError for tokens (or embeddings) `[batch, pos, ...]` that are none, or more than n_ctx."""
-    batch, length = x.shape[:2]
-    if batch == 0 or length == 0:
-        raise ValueError(f"tokens were of shape {[batch, length]}; expected at least one text of at least one token.")
-    if length > n_ctx:
-        raise ValueError(
-            f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. "
-            "Shorten the text, or load the model with a larger n_ctx."
-        )
-    return x

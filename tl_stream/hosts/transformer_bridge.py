@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformers import PreTrainedModel
+from transformers.utils import TransformersKwargs
 
+from tl_stream.hosts.arguments import check_length, check_tokens, parameters
 from tl_stream.hosts.bridge_attention import BridgeAttention
 from tl_stream.hosts.hf_interfaces import own_implementation
-from tl_stream.hosts.hooks import check_length, to_all_tokens
-from tl_stream.hosts.overrides import entry_hook, override_method
-from tl_stream.tensors.products import Origin
+from tl_stream.hosts.installation import Installation
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
+
+_KEYWORDS = {"device", "one_zero_attention_mask", "past_key_values", "return_dict", "use_past_kv_cache"}
+"""What TransformerLens and transformers take out of `**kwargs` on the way, without naming it in a signature."""
+
+_ANY_NUMBER = 2**63
 
 _UNSUPPORTED = {
     "GlmMoeDsaAttentionBridge": "it chooses keys itself (DeepSeek sparse attention)",
@@ -40,8 +46,20 @@ def why_not(model: Any) -> str | None:
             "TransformerLens shows no softmax attention of its layers, no blocks.N.attn with hook_attn_scores and hook_pattern "
             "(a state space model, a recurrent one, or one whose attention it leaves inside a larger part)"
         )
+    if _behind_another_bridge(model):
+        return (
+            "another TransformerBridge was booted around the same Hugging Face model afterwards, so that this one's hooks no "
+            "longer fire; use that one, or boot each around a model of its own"
+        )
     reasons = {layer: _why_not_attention(attn) for layer, attn in attention_layers(model).items()}
     return next((f"layer {layer}: {reason}" for layer, reason in reasons.items() if reason), None)
+
+
+def keywords(model: Any) -> set[str]:
+    """What a run takes beside the parameters of the bridge's own methods: those of the Hugging Face model and its parts."""
+    modules = [each for each in model.original_model.modules() if isinstance(each, PreTrainedModel)]
+    found = set().union(*(parameters(each.forward) for each in [model.original_model, *modules]))
+    return found | set(TransformersKwargs.__annotations__) | _KEYWORDS
 
 
 def attention_layers(model: Any) -> dict[int, AttentionBridge]:
@@ -50,15 +68,15 @@ def attention_layers(model: Any) -> dict[int, AttentionBridge]:
     return {layer: attn for layer, attn in found.items() if isinstance(attn, AttentionBridge)}
 
 
-def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
-    """Put Stream between q . k and the softmax of every attention layer, until `stack` is closed."""
-    stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
-    stack.enter_context(entry_hook(model.original_model, partial(_check_input, model.cfg)))
+def install(model: Any, installation: Installation) -> None:
+    """Put Stream between q . k and the softmax of every attention layer."""
+    overrides = installation.overrides
+    overrides.entry(model.original_model, partial(_check_input, model))
     traced = []
     for layer, attn in attention_layers(model).items():
-        traced.append(BridgeAttention(attn, origin_of(layer), *_head_counts(model.cfg, attn)))
-        traced[-1].install(stack)
-    stack.enter_context(own_implementation(_configs(model, traced), partial(_attend, _by_module(traced))))
+        traced.append(BridgeAttention(attn, partial(installation.origin, layer), *_head_counts(model.cfg, attn)))
+        traced[-1].install(overrides)
+    own_implementation(overrides, _configs(model, traced), partial(_attend, _by_module(traced)))
 
 
 @contextmanager
@@ -83,6 +101,12 @@ def _is_decoder(config: Any) -> bool:
     """Whether a Hugging Face config describes a decoder. (Families that can be both say `is_decoder`.)"""
     both = getattr(config, "model_type", None) in ("bert", "roberta")
     return bool(getattr(config, "is_decoder", False)) if both else bool(getattr(config, "is_causal", True))
+
+
+def _behind_another_bridge(model: Any) -> bool:
+    """Whether the modules that run are another bridge's, which holds this one's for the original ones."""
+    wrapped = {each.original_component for each in model.original_model.modules() if isinstance(each, AttentionBridge)}
+    return not wrapped.isdisjoint(attention_layers(model).values())
 
 
 def _why_not_attention(attn: AttentionBridge) -> str | None:
@@ -125,16 +149,23 @@ def _attend(traced: dict[Module, BridgeAttention], module: Module, *args: Any, *
     return traced[module].attend(*args, **kwargs)
 
 
-def _check_input(cfg: Any, module: Module, args: tuple, kwargs: dict) -> None:
-    x = args[0] if args else next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
-    if isinstance(x, Tensor):
-        check_length(x, None, _limit(cfg, module))
+def _check_input(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    tokens, embedded = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    limit = _limit(model.cfg, model.original_model)
+    if isinstance(embedded, Tensor) and embedded.is_floating_point() and embedded.dim() == 3:
+        check_length(embedded, limit)
+    else:
+        tokens = embedded if tokens is None else tokens  # a bridge takes any floats for embeddings
+    if isinstance(tokens, Tensor):
+        beyond = kwargs.get("pixel_values") is not None  # places of images may have numbers of their own
+        check_tokens(tokens, _ANY_NUMBER if beyond else model.embed.W_E.shape[0], limit)
     attention_mask = kwargs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask was a tensor of shape {tuple(attention_mask.shape)}; expected None or [batch, pos] with 0 for "
             "padding: a query_pos x key_pos mask can't be traced in linear memory. Knock entries out in hook_attn_scores."
         )
+    return args, kwargs
 
 
 def _limit(cfg: Any, module: Module) -> int:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tl_stream.precision import as_product, outside_autocast
 from tl_stream.tensors.names import function_name
 from tl_stream.tensors.products import Origin
 
@@ -17,6 +18,9 @@ _METADATA = {
     "len", "hash", "get_device", "is_mkldnn", "is_vulkan", "is_ipu", "is_xla", "is_mtia", "is_maia", "is_neg", "is_conj",
     "output_nr", "_version", "is_sparse_csr", "is_hpu",
 }  # fmt: skip
+
+
+_PRODUCTS = {"matmul", "rmatmul", "bmm", "mm", "mv", "einsum"}
 
 
 class Wrapper(Tensor):
@@ -50,10 +54,11 @@ class Wrapper(Tensor):
                 return func(*args, **kwargs)
         if any(issubclass(kind, Wrapper) and kind.rank > cls.rank for kind in types):
             return NotImplemented
-        result = cls.carry_out(name, func, args, kwargs)
+        result = outside_autocast(cls.carry_out)(name, func, args, kwargs)
         if result is NotImplemented:
             raise NotImplementedError(f"{name}() is not known on {cls.what}; {cls.advice}.")
-        return result
+        is_product = name in _PRODUCTS and isinstance(result, Tensor) and not isinstance(result, Wrapper)
+        return as_product(result) if is_product else result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
