@@ -8,19 +8,15 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.abstract_attention import AbstractAttention
 
 from tl_stream.hosts.arguments import check_tokens
-from tl_stream.hosts.hooks import call_complete, first_hook, stream, watch_gradient
+from tl_stream.hosts.hooked_attention import install_attention, why_not_attention
+from tl_stream.hosts.hooks import never_dense
 from tl_stream.hosts.installation import Installation
-from tl_stream.hosts.overrides import Overrides
-from tl_stream.masking import AttentionMask
-from tl_stream.tensors.alibi import AlibiBias
-from tl_stream.tensors.products import Origin
-from tl_stream.tensors.scores import AttentionScores, CaptureProduct
-
-_ANY_LENGTH = 2**20
+from tl_stream.hosts.own_code import name_of, parts_of
 
 
 def why_not(model: Any) -> str | None:
@@ -29,6 +25,11 @@ def why_not(model: Any) -> str | None:
         return f"its attention_dir is {model.cfg.attention_dir!r}; only causal attention can be made sparse by Stream"
     if model.cfg.positional_embedding_type == "relative_positional_bias":
         return "its relative position bias (T5) is a learned query_pos x key_pos table; encoder-decoder models aren't supported"
+    layers = attention_layers(model)
+    for layer, block in enumerate(model.blocks):
+        reason = why_not_attention(layers[layer]) if layer in layers else _why_not_block(block)
+        if reason:
+            return f"layer {layer}: {reason}"
     return None
 
 
@@ -38,15 +39,19 @@ def keywords(model: Any) -> set[str]:
 
 
 def attention_layers(model: Any) -> dict[int, AbstractAttention]:
-    """The attention of each layer."""
-    return {layer: block.attn for layer, block in enumerate(model.blocks)}
+    """The attention of each layer, whatever it is wrapped in."""
+    found = {layer: parts_of(block, AbstractAttention) for layer, block in enumerate(model.blocks)}
+    return {layer: parts[0] for layer, parts in found.items() if len(parts) == 1}
 
 
 def install(model: Any, installation: Installation) -> None:
     """Put Stream between q . k and the softmax of every layer."""
-    installation.overrides.method(model, "input_to_embed", partial(_checked_input, model))
-    for layer, attn in attention_layers(model).items():
-        _install_attention(attn, partial(installation.origin, layer), installation.overrides)
+    overrides, layers = installation.overrides, attention_layers(model)
+    overrides.method(model, "input_to_embed", partial(_checked_input, model))
+    overrides.uncompiled(model, layers.values())
+    for layer, attn in layers.items():
+        install_attention(attn, partial(installation.origin, layer), overrides)
+        never_dense(overrides, model.blocks[layer], attn.hook_attn_scores, layer)
 
 
 @contextmanager
@@ -74,47 +79,6 @@ def _checked_input(model: Any, original: Callable[..., Any], input: Any, *args: 
     return original(input, *args, **kwargs)
 
 
-def _install_attention(attn: AbstractAttention, origin_of: Callable[[], Origin], overrides: Overrides) -> None:
-    overrides.method(attn, "calculate_attention_scores", partial(_capture_scores, attn, origin_of))
-    overrides.method(attn, "apply_causal_mask", partial(_apply_mask, attn))
-    if attn.cfg.positional_embedding_type == "alibi":
-        n_heads, device = attn.cfg.n_heads, attn.cfg.device
-        slopes = AbstractAttention.create_alibi_multipliers(n_heads, device)
-        make = partial(AbstractAttention.create_alibi_bias, n_heads, device=device)
-        overrides.put(attn.__dict__, "alibi", AlibiBias(slopes, _ANY_LENGTH, make))
-    first_hook(overrides, attn.hook_attn_scores, stream)
-    first_hook(overrides, attn.hook_pattern, watch_gradient)
-    for point in (attn.hook_attn_scores, attn.hook_pattern):
-        overrides.method(point, "_call_impl", partial(call_complete, point))
-
-
-def _capture_scores(
-    attn: AbstractAttention, origin_of: Callable[[], Origin], original: Callable[..., Tensor], q: Tensor, k: Tensor
-) -> Tensor:
-    """The model's own code, with q . k^T noted. The base class's: under grouped queries k is not expanded."""
-    capture = CaptureProduct(origin_of(), attn.cfg.n_heads, k.shape[2])
-    try:
-        with capture:
-            return AbstractAttention.calculate_attention_scores(attn, q, k)
-    finally:
-        capture.paused = True  # should Ctrl-C have kept torch from taking it off its stack of modes
-
-
-def _apply_mask(
-    attn: AbstractAttention,
-    original: Callable[..., Tensor],
-    attn_scores: Tensor,
-    past_kv_pos_offset: int = 0,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """`apply_causal_mask` without a query_pos x key_pos tensor."""
-    assert isinstance(attn_scores, AttentionScores)
-    n_queries, n_keys = attn_scores.shape[-2:]
-    if n_queries + past_kv_pos_offset != n_keys:
-        raise ValueError(
-            f"past_kv_pos_offset was {past_kv_pos_offset}; expected {n_keys - n_queries}, the keys before the queries."
-        )
-    window = attn.cfg.window_size if attn.attn_type == "local" else None
-    valid = None if attention_mask is None else attention_mask.bool().to(attn_scores.device)
-    mask = AttentionMask.causal(n_queries, n_keys, window=window, key_valid=valid, device=attn_scores.device)
-    return attn_scores.with_mask(mask)
+def _why_not_block(block: Module) -> str:
+    found = len(parts_of(block, AbstractAttention))
+    return f"its {name_of(type(getattr(block, 'attn', block)))} holds {found} of TransformerLens's attention modules; expected one"

@@ -7,14 +7,16 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
 from tl_stream.hosts.arguments import check_length
-from tl_stream.hosts.overrides import Overrides
+from tl_stream.hosts.overrides import Overrides, standing
 from tl_stream.tensors.backward_hooks import watch
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.scores import AttentionScores
+from tl_stream.tensors.wrapper import Wrapper
 
 
 def first_hook(overrides: Overrides, point: HookPoint, hook: Callable[[Any, HookPoint], Any]) -> None:
@@ -75,11 +77,37 @@ def call_complete(point: HookPoint, original: Callable[..., Any], x: Tensor) -> 
     return complete(x, original(x), point)
 
 
+def never_dense(overrides: Overrides, block: Module, hook_attn_scores: HookPoint, layer: int) -> None:
+    """Raise NotImplementedError where `block` ran and no scores of ours came by: it took its attention elsewhere, densely."""
+    seen: list[bool] = []  # for each call in progress: a hook may run the model, too
+
+    def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if seen and isinstance(args[0], Wrapper):
+            seen[-1] = True
+        return args, kwargs
+
+    def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(False)
+        try:
+            output = original(*args, **kwargs)
+            if not seen[-1]:
+                raise NotImplementedError(
+                    f"Layer {layer} ran without the attention that {hook_attn_scores.name} shows: other code stands in its place, "
+                    "a forward of its own or another module, and would stay dense in silence. Restore TransformerLens's attention."
+                )
+            return output
+        finally:
+            seen.pop()
+
+    overrides.entry(hook_attn_scores, note)
+    overrides.method(block, "_call_impl", call)
+
+
 def to_all_tokens(model: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`to_tokens` without truncation: a text that is too long raises."""
     if len(args) < 4:
         kwargs.setdefault("truncate", False)
-    tokens = type(model).to_tokens(model, input, *args, **kwargs)
+    tokens = standing(model, "to_tokens")(input, *args, **kwargs)
     check_length(tokens, model.cfg.n_ctx)
     return tokens
 

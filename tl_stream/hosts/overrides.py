@@ -8,7 +8,7 @@ loses nothing. Where the model is not traced (another thread runs it), what stoo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.nn import Module
@@ -42,6 +42,17 @@ class Overrides:
         """`owner.name(...)` calls `function(original, ...)` meanwhile; `original` is what stood there, bound to `owner`."""
         self.put(owner.__dict__, name, MethodOverride(getattr(owner, name), function, self.is_on))
 
+    def uncompiled(self, root: Module, parts: Iterable[Module]) -> None:
+        """What torch compiled around one of `parts`, in place or as a module of its own, runs as it was written meanwhile."""
+        inner = set(parts)
+        for module in root.modules():
+            if not inner.intersection(module.modules()):
+                continue
+            if module._compiled_call_impl is not None:
+                self.put(module.__dict__, "_compiled_call_impl", None)
+            if "_orig_mod" in module._modules:
+                self.put(module.__dict__, "forward", module._modules["_orig_mod"])
+
     def entry(self, module: Module, function: Entry) -> None:
         """`module(*args, **kwargs)` is called with `function(args, kwargs)` meanwhile, before all of its hooks."""
 
@@ -72,3 +83,9 @@ class MethodOverride:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
+
+
+def standing(owner: Any, name: str) -> Any:
+    """The method `owner.name`, as it is without us."""
+    found = getattr(owner, name)
+    return found.original if isinstance(found, MethodOverride) else found

@@ -116,21 +116,25 @@ def _not(tensor: Any) -> Any:
     return tensor.like(torch.bool, not tensor.hides) if tensor.dtype == torch.bool else NotImplemented
 
 
-def _or(tensor: Any, other: Any) -> Any:
-    """`hidden | padding`, with padding `[batch, 1, 1, key_pos]`."""
-    if not isinstance(tensor, MaskTensor):
-        tensor, other = other, tensor
-    if not tensor.hides or tensor.dtype != torch.bool:
-        return NotImplemented
-    make = tensor._make
-    if isinstance(other, MaskTensor):
-        if other.dtype != torch.bool or not other.hides:
+def _combined(hides: bool) -> Callable[[Any, Any], Any]:
+    """`hidden | padding`, or `visible & valid`: with another mask told in the same way, or of keys `[batch, 1, 1, key_pos]`."""
+
+    def handler(tensor: Any, other: Any) -> Any:
+        if not isinstance(tensor, MaskTensor):
+            tensor, other = other, tensor
+        if tensor.hides != hides or tensor.dtype != torch.bool or other.dtype != torch.bool:
             return NotImplemented
-        return MaskTensor(lambda: make().intersect(other.mask), tensor.shape, torch.bool, tensor.device)
-    if other.dim() != 4 or other.shape[1:3] != (1, 1):
-        return NotImplemented
-    shape = (other.shape[0], *tensor.shape[1:])
-    return MaskTensor(lambda: make().with_padding(~other[:, 0, 0]), shape, torch.bool, tensor.device)
+        make = tensor._make
+        if isinstance(other, MaskTensor):
+            if other.hides != hides:
+                return NotImplemented
+            return MaskTensor(lambda: make().intersect(other.mask), tensor.shape, torch.bool, tensor.device, hides)
+        if other.dim() != 4 or other.shape[1:3] != (1, 1):
+            return NotImplemented
+        shape = (other.shape[0], *tensor.shape[1:])
+        return MaskTensor(lambda: make().with_padding(other[:, 0, 0] != hides), shape, torch.bool, tensor.device, hides)
+
+    return handler
 
 
 def _masked_fill(tensor: Any, where: Any, value: Any) -> Any:
@@ -167,7 +171,8 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("lt", "le"), _below),
     "eq": _equals,
     **dict.fromkeys(("logical_not", "bitwise_not", "invert"), _not),
-    **dict.fromkeys(("or", "ror", "bitwise_or", "logical_or"), _or),
+    **dict.fromkeys(("or", "ror", "bitwise_or", "logical_or"), _combined(hides=True)),
+    **dict.fromkeys(("and", "rand", "bitwise_and", "logical_and"), _combined(hides=False)),
     "masked_fill": _masked_fill,
     "where": _where,
 }

@@ -17,11 +17,12 @@ from tl_stream.score_mod import Alibi, Bias, Scale, ScoreMod, Tanh
 from tl_stream.tensors.alibi import AlibiBias
 from tl_stream.tensors.attention_ops import check_numbers, softmax
 from tl_stream.tensors.block_sparse import BlockSparseScores
+from tl_stream.tensors.dense_mask import HIDDEN, mask_of
 from tl_stream.tensors.joined import JoinedTensor, join
 from tl_stream.tensors.joined_layout import JoinedLayout, with_dense_queries
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.merged_scores import MergedScores, view
-from tl_stream.tensors.names import function_name
+from tl_stream.tensors.names import function_name, is_in_place
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.rest import Rest
 from tl_stream.tensors.scores_data import ScoresData
@@ -66,7 +67,10 @@ class AttentionScores(Wrapper):
 
     @classmethod
     def carry_out(cls, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _HANDLERS[name](*args, **kwargs) if name in _HANDLERS else NotImplemented
+        result = _HANDLERS[name](*args, **kwargs) if name in _HANDLERS else NotImplemented
+        if result is NotImplemented or not is_in_place(name, kwargs):
+            return result
+        return args[0]._become(result) if isinstance(args[0], AttentionScores) else NotImplemented
 
     def with_mod(self, mod: ScoreMod) -> AttentionScores:
         """The scores with one more thing applied."""
@@ -89,6 +93,8 @@ class AttentionScores(Wrapper):
         Raises:
             ValueError: q or k holds NaN, or no mask was applied.
         """
+        if self.mask is None and self.shape[2] == 1:  # a single query, in a step of generation, needs no mask
+            return self.with_mask(AttentionMask.causal(1, self.shape[3], device=self.device)).to_sparse_scores()
         if self.mask is None:
             raise ValueError("mask: no causal mask was applied to the scores; bidirectional attention is not supported.")
         products = self.products
@@ -103,6 +109,11 @@ class AttentionScores(Wrapper):
         first, last = layout.parts
         start = first.shape[2]
         return join([self._on(first, products.rows(range(start))), self._on(last, products.rows(range(start, n_queries)))])
+
+    def _become(self, other: AttentionScores) -> AttentionScores:
+        """What an operation in place leaves: code may go on with the tensor that it changed, not with the result."""
+        self.products, self.mask = other.products, other.mask
+        return self
 
     def find_rest(self) -> Rest:
         """What lies outside any blocks that Stream may keep."""
@@ -170,6 +181,11 @@ class CaptureProduct(TorchFunctionMode):
             q, k = args[0], args[1].transpose(-1, -2)
         elif name == "bmm" and all(_is_stack(x, 3) for x in args[:2]) and not args[0].shape[0] % self.n_heads:
             q, k = (x.unflatten(0, (-1, self.n_heads)) for x in (args[0], args[1].transpose(1, 2)))
+        elif name == "einsum" and len(args) == 3 and all(_is_stack(x, 4) for x in args[1:]):
+            operands = _einsum_operands(*args)
+            if operands is None:
+                return None
+            q, k = operands
         elif name == "baddbmm" and all(_is_stack(kwargs.get(key), 3) for key in ("batch1", "batch2")):
             return self._biased_product(args[0], **kwargs)
         else:
@@ -187,6 +203,27 @@ class CaptureProduct(TorchFunctionMode):
 
 def _is_stack(x: Any, dim: int) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and x.dim() == dim
+
+
+def _einsum_operands(equation: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
+    """q and k `[batch, head_index, _, d_head]` of an einsum that gives `[batch, head_index, query_pos, key_pos]`; None: another."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    summed = set(names[0]) - set(output)
+    if len(output) != 4 or len(summed) != 1:
+        return None
+    batch, head, query, key = output
+    d_head = summed.pop()
+    if query in names[1]:
+        names, first, second = names[::-1], second, first
+    wanted = (batch, head, query, d_head), (batch, head, key, d_head)
+    if any(set(found) != set(order) for found, order in zip(names, wanted, strict=True)):
+        return None
+    q, k = (
+        x.permute([found.index(letter) for letter in order])
+        for x, found, order in zip((first, second), names, wanted, strict=True)
+    )
+    return q, k
 
 
 def _ungrouped(k: Tensor, kv_heads: int) -> Tensor:
@@ -210,7 +247,7 @@ def _divide(scores: Any, divisor: Any) -> Any:
 
 
 def _tanh(scores: Any) -> Any:
-    return scores.with_mod(Tanh())
+    return scores.with_mod(Tanh()) if scores.mask is None else NotImplemented  # what is hidden would come back, as -1
 
 
 def _add(scores: Any, bias: Any) -> Any:
@@ -225,7 +262,7 @@ def _add(scores: Any, bias: Any) -> Any:
         return NotImplemented
     full = bias[(None,) * (4 - bias.dim())]
     if full.shape[2] != 1 and full.shape[3] != 1:
-        return NotImplemented
+        return _add_dense(scores, full)
     return scores.with_mod(Bias(full))
 
 
@@ -244,15 +281,48 @@ def _softmax(scores: Any, *args: Any, **kwargs: Any) -> Any:
     return hook_pattern(torch.nn.functional.softmax(hook_attn_scores(scores), *args, **kwargs))
 
 
+def _add_dense(scores: AttentionScores, full: Tensor) -> AttentionScores:
+    """Add a `[_, _, query_pos, key_pos]` tensor, which has to be a mask: 0 where a query may read a key."""
+
+    def visible(rows: Tensor) -> Tensor:
+        shown = rows == 0
+        if not bool((shown | (rows <= HIDDEN)).all()):
+            raise NotImplementedError(
+                f"The model adds a dense tensor of shape {tuple(full.shape)} to its attention scores that is more than a mask "
+                "(0, or -inf or the least number); a bias that varies over both query and key can't be traced in linear memory."
+            )
+        return shown
+
+    return scores.with_mask(mask_of(full, visible))
+
+
+def _subtract(scores: Any, bias: Any) -> Any:
+    return _add(scores, -bias) if isinstance(scores, AttentionScores) and isinstance(bias, Tensor) else NotImplemented
+
+
 def _masked_fill(scores: Any, where: Any, value: Any) -> Any:
     """Fill with -inf, or the least number, where a mask hides."""
-    return scores.with_mask(where.mask) if isinstance(where, MaskTensor) and where.hides else NotImplemented
+    return _hidden(scores, where, value, True)
 
 
 def _where(condition: Any, scores: Any, value: Any) -> Any:
-    """`where(visible, scores, least number)`."""
-    visible = isinstance(condition, MaskTensor) and condition.dtype == torch.bool and not condition.hides
-    return scores.with_mask(condition.mask) if visible and isinstance(scores, AttentionScores) else NotImplemented
+    """`where(visible, scores, least number)`, or the other way round."""
+    if isinstance(scores, AttentionScores):
+        return _hidden(scores, condition, value, False)
+    return _hidden(value, condition, scores, True)
+
+
+def _hidden(scores: Any, mask: Any, value: Any, hides: bool) -> Any:
+    """Scores that are `value` where the bool tensor `mask` is `hides`."""
+    number = _number(value)
+    if not isinstance(scores, AttentionScores) or number is None or number > HIDDEN or mask.dtype != torch.bool:
+        return NotImplemented
+    if isinstance(mask, MaskTensor):
+        return scores.with_mask(mask.mask) if mask.hides == hides else NotImplemented
+    full = mask[(None,) * (4 - mask.dim())]
+    if full.shape[2] == 1 and scores.shape[2] > 1:
+        return scores.with_mod(Bias(full.new_zeros(full.shape, dtype=scores.dtype).masked_fill(full == hides, number)))
+    return scores.with_mask(mask_of(full, lambda rows: rows != hides))
 
 
 def _maximum(scores: Any, bound: Any = None) -> Any:
@@ -272,6 +342,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("mul", "rmul", "imul", "multiply", "mul_"), _multiply),
     **dict.fromkeys(("div", "truediv", "true_divide", "divide", "itruediv", "idiv", "div_"), _divide),
     **dict.fromkeys(("add", "radd", "iadd", "add_"), _add),
+    **dict.fromkeys(("sub", "isub", "sub_", "subtract"), _subtract),
     "tanh": _tanh,
     "to": _to,
     "float": lambda scores: _to(scores, torch.float32),
