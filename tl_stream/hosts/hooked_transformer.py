@@ -12,6 +12,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.abstract_attention import AbstractAttention
 
 from tl_stream.hosts.hooks import call_complete, check_length, stream, to_all_tokens, watch_gradient
+from tl_stream.hosts.kv_cache import served
 from tl_stream.hosts.overrides import first_hook, override_attribute, override_method
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.alibi import AlibiBias
@@ -38,6 +39,7 @@ def attention_layers(model: Any) -> dict[int, AbstractAttention]:
 def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
     """Put Stream between q . k and the softmax of every layer, until `stack` is closed."""
     stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
+    stack.enter_context(served(model))
     stack.enter_context(first_hook(model.hook_embed, partial(check_length, n_ctx=model.cfg.n_ctx)))
     for layer, attn in attention_layers(model).items():
         _install_attention(attn, origin_of(layer), stack)

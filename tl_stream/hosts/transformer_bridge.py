@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,10 +15,13 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from tl_stream.hosts.bridge_attention import BridgeAttention
 from tl_stream.hosts.hf_interfaces import own_implementation
 from tl_stream.hosts.hooks import check_length, to_all_tokens
+from tl_stream.hosts.kv_cache import served
 from tl_stream.hosts.overrides import entry_hook, override_method
 from tl_stream.tensors.products import Origin
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
+
+_CACHE_NAMES = {"past_kv_cache", "cache"}  # HookedTransformer's and transformers 5.24's; unread, they would go unnoticed
 
 _UNSUPPORTED = {
     "GlmMoeDsaAttentionBridge": "it chooses keys itself (DeepSeek sparse attention)",
@@ -53,6 +57,7 @@ def attention_layers(model: Any) -> dict[int, AttentionBridge]:
 def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) -> None:
     """Put Stream between q . k and the softmax of every attention layer, until `stack` is closed."""
     stack.enter_context(override_method(model, "to_tokens", partial(to_all_tokens, model)))
+    stack.enter_context(served(model))
     stack.enter_context(entry_hook(model.original_model, partial(_check_input, model.cfg)))
     traced = []
     for layer, attn in attention_layers(model).items():
@@ -64,7 +69,8 @@ def install(model: Any, origin_of: Callable[[int], Origin], stack: ExitStack) ->
 @contextmanager
 def unchanged_on_error(run_arguments: dict[str, Any]) -> Iterator[None]:
     """What an interrupted run appended to a KV cache is taken back."""
-    layers = getattr(run_arguments.get("past_key_values"), "layers", None)
+    past = run_arguments.get("past_key_values", run_arguments.get("cache"))  # its name from transformers 5.24 on
+    layers = getattr(past, "layers", None)
     if layers is None:
         yield
         return
@@ -135,6 +141,8 @@ def _check_input(cfg: Any, module: Module, args: tuple, kwargs: dict) -> None:
             f"attention_mask was a tensor of shape {tuple(attention_mask.shape)}; expected None or [batch, pos] with 0 for "
             "padding: a query_pos x key_pos mask can't be traced in linear memory. Knock entries out in hook_attn_scores."
         )
+    for name in _CACHE_NAMES & kwargs.keys() - inspect.signature(type(module).forward).parameters.keys():
+        raise TypeError(f"{name} was given, which {type(module).__name__} doesn't read; pass a KV cache as past_key_values.")
 
 
 def _limit(cfg: Any, module: Module) -> int:
