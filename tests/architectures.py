@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 VOCABULARY = 64
 N_CTX = 128
@@ -45,6 +48,17 @@ NATIVE = {
 }  # fmt: skip
 ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
 NO_CACHE = {"KV cache": "native models keep none"}
+ALIBI_STEPS = (
+    {"cached steps": "TransformerLens 3 gives them a wrong ALiBi", "KV cache": "TransformerLens 3 gives it a wrong ALiBi"}
+    if Version(version("transformer-lens")) < Version("4")
+    else {}
+)
+NO_BUFFER = (
+    {"forward": "TransformerLens reads a buffer that transformers 5.24 doesn't have"}
+    if Version(version("transformers")) >= Version("5.24")
+    else {}
+)
+BAMBA_POSITIONS = "without position_ids transformers counts them from 0 again"
 COMPATIBLE = "compatibility mode"
 UNCAUSAL = "shows every query the keys after it"
 
@@ -66,7 +80,8 @@ class Family:
         architecture: What its checkpoints call it, where the class has another name.
         compatibility: Whether the bridge is in compatibility mode (layer norms folded, weights centred).
         library: A library that TransformerLens needs for it, beyond its own dependencies.
-        lacks: What the untraced model can't do either, and why: "generation", "KV cache", "float64".
+        lacks: What the untraced model can't do either, and why: "forward", "generation", "KV cache" (give it several tokens),
+            "cached steps" (of `generate`, which is refused), "float64".
         refuses: Sides of padding that can't be traced, and what the error says.
     """
 
@@ -93,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "GPT-J": Family("GPTJConfig", {"rotary_dim": 4}, GPT),
     "GPT-NeoX": Family("GPTNeoXConfig", {"rotary_pct": 0.5, "num_key_value_heads": 4}),
     "GPT-BigCode": Family("GPTBigCodeConfig", {}, GPT, "multi-query"),
-    "CodeGen": Family("CodeGenConfig", {"rotary_dim": 4}, GPT),
+    "CodeGen": Family("CodeGenConfig", {"rotary_dim": 4}, GPT, lacks=NO_BUFFER),
     "OPT": Family("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "BLOOM": Family(
         "BloomConfig",
@@ -101,10 +116,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "Falcon": Family("FalconConfig", {"multi_query": True, "num_key_value_heads": 1}, note="multi-query"),
     "Falcon (ALiBi)": Family(
-        "FalconConfig", {"alibi": True, "multi_query": False, "num_key_value_heads": 4, "parallel_attn": False}, note="ALiBi"
+        "FalconConfig", {"alibi": True, "multi_query": False, "num_key_value_heads": 4, "parallel_attn": False}, note="ALiBi",
+        lacks=ALIBI_STEPS,
     ),
     "MPT": Family(
-        "MptConfig", {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": N_CTX}, {}, "ALiBi"
+        "MptConfig", {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": N_CTX}, {}, "ALiBi",
+        lacks=ALIBI_STEPS,
     ),
     "Llama": Family("LlamaConfig"),
     "Llama 3": Family(
@@ -208,8 +225,12 @@ FAMILIES: dict[str, Family] = {
         "JambaConfig",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8, "use_mamba_kernels": False},
         note="Mamba in other layers",
+        lacks={"KV cache": "transformers drops the state of its Mamba layers where more than one token follows"},
     ),
-    "Bamba": Family("BambaConfig", {**MAMBA2, "attn_layer_indices": [1]}, note="Mamba 2 in other layers"),
+    "Bamba": Family(
+        "BambaConfig", {**MAMBA2, "attn_layer_indices": [1]}, note="Mamba 2 in other layers",
+        lacks={"KV cache": BAMBA_POSITIONS, "cached steps": BAMBA_POSITIONS},
+    ),
     "Falcon-H1": Family("FalconH1Config", {**MAMBA2, "mamba_d_ssm": 64}, note="Mamba 2 beside the attention"),
     "Granite-MoE hybrid": Family(
         "GraniteMoeHybridConfig",

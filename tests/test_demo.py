@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,17 @@ def test_tables_for_people(
         assert expected in out
     assert all(f"L{head.layer}H{head.head}" in out for head in result.heads)
     assert out.splitlines()[-1] == f"Written: {result.html}"
+
+
+def test_a_wrong_dense_answer_is_an_error(
+    result: demo.DemoResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "run", lambda *_, **__: replace(result, answer_dense="7777777"))
+    assert main(["demo"]) == 1
+    message = f"the dense model answered '7777777'; expected '{result.expected}'"
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr(demo, "run", lambda *_, **__: replace(result, answer_sparse="7777777"))
+    assert main(["demo"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
     library = FAMILIES[request.param].library
     if library and not find_spec(library):
         pytest.skip(f"TransformerLens needs {library} for it")
+    need(request.param, "forward")
     return request.param, build(request.param)
 
 
@@ -113,10 +114,15 @@ def test_padded(family: tuple[str, Any], assert_agree: Any, side: str) -> None:
 def test_kv_cached_generation(family: tuple[str, Any]) -> None:
     name, model = family
     need(name, "generation")
-    text = tokens(30)
+    expected = text = tokens(30)
+    for _ in range(6):
+        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
     options = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}
-    expected = model.generate(text, **options)
     with tl_stream.sparse(model, FULL):
+        if "cached steps" in FAMILIES[name].lacks:
+            with pytest.raises(NotImplementedError, match="model can't generate with a KV cache"):
+                model.generate(text, **options)
+            need(name, "cached steps")
         assert torch.equal(model.generate(text, **options), expected)
 
 
@@ -125,16 +131,12 @@ def test_continuation_of_a_kv_cache(family: tuple[str, Any], assert_agree: Any) 
     name, model = family
     need(name, "KV cache")
     text = tokens(LENGTH)
-
-    def continued() -> Tensor:
-        past = DynamicCache(config=model.original_model.config)
-        model(text[:, :37], past_key_values=past, use_cache=True)
-        return model(text[:, 37:], past_key_values=past, use_cache=True)
-
-    continued()  # dynamic rotary positions depend on the longest text so far
+    expected = model(text)[:, 37:]  # before: dynamic rotary positions depend on the longest text so far
+    past = DynamicCache(config=model.original_model.config)
     with tl_stream.sparse(model, FULL):
-        logits = continued()
-    assert_agree(logits, continued())
+        model(text[:, :37], past_key_values=past, use_cache=True)
+        logits = model(text[:, 37:], past_key_values=past, use_cache=True)
+    assert_agree(logits, expected)
 
 
 def test_gradients(family: tuple[str, Any], assert_agree: Any) -> None:

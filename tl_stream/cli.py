@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tl_stream import __version__, demo
 
-REFUSED, INTERRUPTED = 2, 130
+WRONG, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,13 +29,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 where it succeeded, 2 where it can't be done as asked, 130 after Ctrl-C."""
+    """Run the command.
+
+    Returns:
+        0 where it succeeded, 1 where the dense model answered wrong, 2 where it can't be done as asked, 130 after Ctrl-C.
+    """
     arguments = _parser().parse_args(argv)
     disable_progress_bar()  # transformers' own, which would mix with ours
     try:
         with _progress() as progress, redirect_stdout(io.StringIO()):  # stdout is for the result alone
             result = demo.run(arguments.tokens, arguments.depth, arguments.seed, arguments.output, progress=progress)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"tl-stream: error: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
@@ -45,7 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result.to_dict()))
     else:
         _show(result)
-    return 0
+    if result.answer_dense == result.expected:
+        return 0
+    print(
+        f"tl-stream: error: the dense model answered {result.answer_dense!r}; expected {result.expected!r}. The bundled model "
+        "answers nearly all such texts right: most likely something is wrong with this installation. Run the tests.",
+        file=sys.stderr,
+    )
+    return WRONG
 
 
 def _parser() -> _Parser:

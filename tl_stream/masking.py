@@ -128,6 +128,13 @@ class AttentionMask:
         """False where a query is padding; None where there is none."""
         return None if self.tokens is None else self.tokens[:, self.own]
 
+    def padding_behind(self) -> int:
+        """How many queries of padding stand behind a text, at most."""
+        queries = self.queries()
+        if queries is None:
+            return 0
+        return int(queries.int().flip(-1).argmax(-1).masked_fill(~queries.any(-1), 0).max())
+
     def bounds(self, query_pos: Int[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"] | None, Int[Tensor, "*shape"]]:
         """First key and one past the last key of each query; a query past the end may read nothing."""
         row = query_pos.clamp(max=self.query_length - 1)

@@ -39,7 +39,7 @@ def recheck(
         model: The model of the run.
         text: What the run read: text, or tokens `[batch, pos]`.
         cache: The run's.
-        rows: How many of the last rows make the answer (padding, if any, must be on the left).
+        rows: How many of the last rows of each text make the answer, padding left out.
         sample: As for `SparseActivationCache.audit`.
         confidence: Likewise.
         seed: Likewise.
@@ -50,8 +50,8 @@ def recheck(
 
     Raises:
         ValueError: The run knows no next tokens of these rows, or read everything anyway (`forward="exact"`), or its patterns
-            are those of another length; `text` isn't of the run's batch size, or is padded on the right; a `return_type`; or
-            as `SparseActivationCache.audit`.
+            are those of another length; `text` isn't of the run's batch size, or has more padding behind it than there are
+            positions whose next tokens the run knows; a `return_type`; or as `SparseActivationCache.audit`.
         KeyError: A layer's pattern isn't in the cache.
         TypeError: `rows` isn't an int, a keyword that nobody takes, or a pattern was written to.
     """
@@ -68,7 +68,8 @@ def recheck(
             "cache was of a run with forward='exact', whose answer is the dense model's; there is nothing to recheck."
         )
     dense = max(rows, cache.config.dense_queries)
-    with sparse(model, replace(cache.config, layout_from=cache, dense_queries=dense), logits_to_keep=rows):
+    kept = rows + max((pattern.block_layout.mask.padding_behind() for pattern in cache.patterns.values()), default=0)
+    with sparse(model, replace(cache.config, layout_from=cache, dense_queries=dense), logits_to_keep=kept):
         output = model(text, **kwargs)
     logits = output if isinstance(output, torch.Tensor) else output.logits
     return cache.audit(rows, sample, reread=known.reread(logits), confidence=confidence, seed=seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paper_studies.loading import InputError, asked, check_context, tokens_of
 from tl_stream.analysis import PAPER, Sentence, paper_split, sentences
+from tl_stream.hosts.kv_cache import served
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # what DeepSeek recommends for R1's distillates
 PROBLEMS = (
@@ -89,8 +90,8 @@ def generate(model: Any, problem: str, thoughts: str, new_tokens: int, seed: int
     tokens = tokens_of(model, begun)
     check_context(model, "a prompt with the tokens to generate", tokens.shape[1] + new_tokens)
     torch.manual_seed(seed)
-    output = model.generate(
-        tokens, max_new_tokens=new_tokens, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, verbose=False
-    )
+    options = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "verbose": False}
+    with served(model):
+        output = model.generate(tokens, max_new_tokens=new_tokens, **options)
     written = model.tokenizer.decode(output[0, tokens.shape[1] :]).removesuffix(model.tokenizer.eos_token or "")
     return Trace.of(model, f"the trace generated with seed {seed}", begun + written)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_stream.cache import is_pattern
 from tl_stream.demo.result import HeadReading
+from tl_stream.hosts.kv_cache import served
 from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tasks import NeedleTask
 from tl_stream.tensors import BlockSparsePattern
@@ -46,7 +47,7 @@ def generate(model: Any, prompt: Int[Tensor, "batch pos"], task: NeedleTask) -> 
             row.retained_mass()[:, 0] if isinstance(row, BlockSparsePattern | JoinedTensor) else row.new_ones(len(row))
         )
 
-    with Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, note)])):
+    with served(model), Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, note)])):
         output = model.generate(prompt, max_new_tokens=len(task.value), do_sample=False, verbose=False)
     text = model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
     by_step = (-1, model.cfg.n_layers, model.cfg.n_heads)

@@ -78,9 +78,9 @@ def put_back(
     number = (last - first + 1).int().expand(shape).clone()
     all_blocks = blocks.where(blocks <= last[:, None], 0).int().expand(*shape, width).clone()
     for part, indices, count in parts:
-        rows = slice(part.q_block, part.q_block + indices.shape[2])
+        placed = slice(part.q_block, part.q_block + indices.shape[2])
         slots = torch.arange(indices.shape[-1], device=own.device) < count[..., None]
-        all_blocks[part.text, :, rows] = 0
-        all_blocks[part.text, :, rows, : indices.shape[-1]] = (indices + part.kv_block).where(slots, 0)[0]
-        number[part.text, :, rows] = count[0]
+        all_blocks[part.text, :, placed] = 0
+        all_blocks[part.text, :, placed, : indices.shape[-1]] = (indices + part.kv_block).where(slots, 0)[0]
+        number[part.text, :, placed] = count[0]
     return all_blocks, number

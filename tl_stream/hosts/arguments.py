@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 
@@ -88,3 +89,17 @@ def check_length(x: Tensor, n_ctx: int) -> None:
             f"tokens were {length} long, more than the model's n_ctx of {n_ctx}; nothing is cut off silently. "
             "Shorten the text, or load the model with a larger n_ctx."
         )
+
+
+def without_right_padding(model: Any, tokens: Any) -> Bool[Tensor, "batch pos"] | None:
+    """False where a token is one of the pad tokens that end a text, as TransformerLens pads lists of texts; None: none is.
+
+    A lone pad token behind a lone text, where it is the end token, too, is that text's end.
+    """
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    if pad is None or not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dim() != 2:
+        return None
+    real = (tokens != pad).int().flip(-1).cummax(-1).values.flip(-1).bool()
+    n_padding = int((~real).sum())
+    is_end = len(tokens) == 1 and n_padding == 1 and pad == model.tokenizer.eos_token_id
+    return None if not n_padding or is_end else real

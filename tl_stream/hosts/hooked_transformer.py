@@ -16,6 +16,7 @@ from tl_stream.hosts.arguments import check_tokens
 from tl_stream.hosts.hooked_attention import install_attention, why_not_attention
 from tl_stream.hosts.hooks import never_dense
 from tl_stream.hosts.installation import Installation
+from tl_stream.hosts.kv_cache import serve
 from tl_stream.hosts.own_code import name_of, parts_of
 
 
@@ -48,6 +49,8 @@ def install(model: Any, installation: Installation) -> None:
     """Put Stream between q . k and the softmax of every layer."""
     overrides, layers = installation.overrides, attention_layers(model)
     overrides.method(model, "input_to_embed", partial(_checked_input, model))
+    overrides.entry(model.embed, partial(_noted, installation))
+    serve(model, overrides)
     overrides.uncompiled(model, layers.values())
     for layer, attn in layers.items():
         install_attention(attn, partial(installation.origin, layer), overrides)
@@ -79,6 +82,13 @@ def _checked_input(model: Any, original: Callable[..., Any], input: Any, *args: 
     return original(input, *args, **kwargs)
 
 
+def _noted(installation: Installation, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """`embed` sees the tokens, whether they were given or made of texts; masks that are given come later, and count instead."""
+    installation.note_tokens(args[0] if args else kwargs.get("tokens"))
+    return args, kwargs
+
+
 def _why_not_block(block: Module) -> str:
     found = len(parts_of(block, AbstractAttention))
-    return f"its {name_of(type(getattr(block, 'attn', block)))} holds {found} of TransformerLens's attention modules; expected one"
+    kind = name_of(type(getattr(block, "attn", block)))
+    return f"its {kind} holds {found} of TransformerLens's attention modules; expected one"

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from tl_stream.config import StreamConfig
+from tl_stream.hosts.arguments import without_right_padding
 from tl_stream.hosts.hooks import to_all_tokens
 from tl_stream.hosts.overrides import Overrides
 from tl_stream.hosts.uninterrupted import Uninterrupted
@@ -58,12 +60,14 @@ class Installation:
         thread: The thread that traces it.
         traces: The open contexts, in the order in which they were opened.
         overrides: What is replaced in the model.
+        real: False where a token of the present run is padding that no mask tells the model of; None: there is none.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.thread = model, threading.current_thread()
         self.traces: dict[int, Trace] = {}
         self.overrides = Overrides(self.is_on)
+        self.real: Tensor | None = None
 
     def is_on(self) -> bool:
         """Whether the code that runs now is traced."""
@@ -92,7 +96,7 @@ class Installation:
         """Where the sparse tensors of a layer come from, in a run that is traced."""
         trace = self.trace()
         assert trace is not None
-        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks)
+        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks, self.real)
 
     def install(self, host: ModuleType, layers: list[Module]) -> None:
         """Replace what every host replaces, and what this one does."""
@@ -102,6 +106,10 @@ class Installation:
         self.overrides.method(self.model, "hooks", lambda hooks, *args, **kwargs: Uninterrupted(hooks(*args, **kwargs)))
         self.overrides.entry(self.model.unembed, self._last_positions)
         host.install(self.model, self)
+
+    def note_tokens(self, tokens: Any) -> None:
+        """Find the padding of a run that was given no attention mask."""
+        self.real = without_right_padding(self.model, tokens)
 
     def _last_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What `unembed` is called with: the residual stream of the last positions only, where so many logits are kept."""

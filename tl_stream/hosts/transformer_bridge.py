@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from tl_stream.hosts.arguments import check_length, check_tokens, parameters
 from tl_stream.hosts.bridge_attention import BridgeAttention
 from tl_stream.hosts.hf_interfaces import own_implementation
 from tl_stream.hosts.installation import Installation
+from tl_stream.hosts.kv_cache import serve
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
 
@@ -24,6 +26,8 @@ _KEYWORDS = {"device", "one_zero_attention_mask", "past_key_values", "return_dic
 """What TransformerLens and transformers take out of `**kwargs` on the way, without naming it in a signature."""
 
 _ANY_NUMBER = 2**63
+
+_CACHE_NAMES = {"past_kv_cache", "cache"}  # HookedTransformer's and transformers 5.24's; unread, they would go unnoticed
 
 _UNSUPPORTED = {
     "GlmMoeDsaAttentionBridge": "it chooses keys itself (DeepSeek sparse attention)",
@@ -71,7 +75,8 @@ def attention_layers(model: Any) -> dict[int, AttentionBridge]:
 def install(model: Any, installation: Installation) -> None:
     """Put Stream between q . k and the softmax of every attention layer."""
     overrides = installation.overrides
-    overrides.entry(model.original_model, partial(_check_input, model))
+    overrides.entry(model.original_model, partial(_check_input, model, installation))
+    serve(model, overrides)
     traced = []
     for layer, attn in attention_layers(model).items():
         traced.append(BridgeAttention(attn, partial(installation.origin, layer), *_head_counts(model.cfg, attn)))
@@ -82,7 +87,8 @@ def install(model: Any, installation: Installation) -> None:
 @contextmanager
 def unchanged_on_error(run_arguments: dict[str, Any]) -> Iterator[None]:
     """What an interrupted run appended to a KV cache is taken back."""
-    layers = getattr(run_arguments.get("past_key_values"), "layers", None)
+    past = run_arguments.get("past_key_values", run_arguments.get("cache"))  # its name from transformers 5.24 on
+    layers = getattr(past, "layers", None)
     if layers is None:
         yield
         return
@@ -149,7 +155,7 @@ def _attend(traced: dict[Module, BridgeAttention], module: Module, *args: Any, *
     return traced[module].attend(*args, **kwargs)
 
 
-def _check_input(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _check_input(model: Any, installation: Installation, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     tokens, embedded = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     limit = _limit(model.cfg, model.original_model)
     if isinstance(embedded, Tensor) and embedded.is_floating_point() and embedded.dim() == 3:
@@ -165,6 +171,10 @@ def _check_input(model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             f"attention_mask was a tensor of shape {tuple(attention_mask.shape)}; expected None or [batch, pos] with 0 for "
             "padding: a query_pos x key_pos mask can't be traced in linear memory. Knock entries out in hook_attn_scores."
         )
+    installation.note_tokens(tokens if attention_mask is None else None)
+    kind = type(model.original_model)
+    for name in _CACHE_NAMES & kwargs.keys() - inspect.signature(kind.forward).parameters.keys():
+        raise TypeError(f"{name} was given, which {kind.__name__} doesn't read; pass a KV cache as past_key_values.")
     return args, kwargs
 
 

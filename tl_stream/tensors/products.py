@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_stream import score_mod
@@ -29,12 +29,14 @@ class Origin:
         layer: Layer index.
         dense: Whether the layer is one of `config.dense_layers`.
         fallbacks: How often each unknown operation was made dense, over the whole run.
+        real: False where a token is padding that no mask tells the model of, `[batch, pos]`; None: there is none.
     """
 
     config: StreamConfig
     layer: int
     dense: bool
     fallbacks: Counter[str]
+    real: Bool[Tensor, "batch pos"] | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_exact(self) -> bool:

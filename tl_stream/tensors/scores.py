@@ -97,13 +97,16 @@ class AttentionScores(Wrapper):
             return self.with_mask(AttentionMask.causal(1, self.shape[3], device=self.device)).to_sparse_scores()
         if self.mask is None:
             raise ValueError("mask: no causal mask was applied to the scores; bidirectional attention is not supported.")
-        products = self.products
-        batch, _, n_queries, _ = self.shape
+        products, real = self.products, self.origin.real
+        batch, _, n_queries, n_keys = self.shape
+        if real is not None and self.mask.key_valid is None and real.shape == (batch, n_keys):
+            self.mask = replace(self.mask, real=real.to(self.device))
         if not batch or not n_queries:
             raise ValueError(f"The input was of {batch} texts of {n_queries} tokens; expected at least one of each.")
         check_numbers("q", products.q, self.origin)
         check_numbers("k", products.k, self.origin)
-        layout = with_dense_queries(self._layout(), self.origin.config.dense_queries)
+        n_dense = self.origin.config.dense_queries
+        layout = with_dense_queries(self._layout(), n_dense and n_dense + self.mask.padding_behind())
         if isinstance(layout, BlockLayout):
             return self._on(layout, products)
         first, last = layout.parts
@@ -206,13 +209,13 @@ def _is_stack(x: Any, dim: int) -> bool:
 
 
 def _einsum_operands(equation: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
-    """q and k `[batch, head_index, _, d_head]` of an einsum that gives `[batch, head_index, query_pos, key_pos]`; None: another."""
+    """q and k `[batch, head_index, _, d_head]` of an einsum that gives their products; None where it gives something else."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
     summed = set(names[0]) - set(output)
     if len(output) != 4 or len(summed) != 1:
         return None
-    batch, head, query, key = output
+    batch, head, query, key = list(output)
     d_head = summed.pop()
     if query in names[1]:
         names, first, second = names[::-1], second, first
