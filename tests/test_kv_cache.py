@@ -173,11 +173,11 @@ def test_once_it_says_that_plain_transformer_lens_is_wrong() -> None:
 @torch.no_grad()
 def test_a_cache_under_a_name_that_nothing_reads_is_refused(llama: Any) -> None:
     past = DynamicCache(config=llama.original_model.config)
-    with pytest.raises(
-        TypeError, match=r"past_kv_cache was given, which LlamaForCausalLM doesn't read; pass .* past_key_values"
+    text = families.tokens(20)
+    with pytest.raises(TypeError, match="past_kv_cache was given, a keyword that neither"):
+        llama.run_with_sparse_cache(text, config=FULL, past_kv_cache=past)
+    with (
+        tl_stream.sparse(llama, FULL),
+        pytest.raises(TypeError, match=r"past_kv_cache was given, which LlamaForCausalLM doesn't read; .* past_key_values"),
     ):
-        llama.run_with_sparse_cache(families.tokens(20), config=FULL, past_kv_cache=past)
-
-
-def test_no_room_for_a_step_is_no_fault() -> None:
-    kv_cache.check(families.build("Llama", n_ctx=3))
+        llama(text, past_kv_cache=past)
