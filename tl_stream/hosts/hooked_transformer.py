@@ -81,6 +81,5 @@ def _checked_input(model: Any, original: Callable[..., Any], input: Any, *args: 
 
 def _why_not_block(block: Module) -> str:
     found = len(parts_of(block, AbstractAttention))
-    return (
-        f"its {name_of(type(getattr(block, 'attn', block)))} holds {found} of TransformerLens's attention modules; expected one"
-    )
+    place = type(getattr(block, "attn", block))
+    return f"its {name_of(place)} holds {found} of TransformerLens's attention modules; expected one"

@@ -1,4 +1,4 @@
-"""Whose code is it? What tracing replaces must be TransformerLens's or Hugging Face's own; a user's is called, or refused by name."""
+"""Whose code is it? What tracing replaces must be TransformerLens's or Hugging Face's own; a user's is called, or refused."""
 
 from __future__ import annotations
 
