@@ -137,15 +137,20 @@ def test_bad_input() -> None:
 
 
 @torch.no_grad()
-def test_padding_on_the_right_is_refused() -> None:
-    """The last rows are padding; what is known of them isn't of the rows that an audit chooses."""
+def test_padding_on_the_right() -> None:
+    """The rows of a padded text are rechecked as those of the text alone."""
     model = build("standard", default_prepend_bos=False)
     text, mask = tokens(48, batch=1), (torch.arange(48) < 40).long()[None]
-    _, cache = model.run_with_sparse_cache(text, config=CONFIG, attention_mask=mask)
-    with pytest.raises(
-        ValueError, match=r"reread was of the last 3 positions, but the chosen rows of text 0 are \[37, 38, 39\]"
-    ):
-        tl_stream.recheck(model, text, cache, rows=3, sample=0, attention_mask=mask)
+    config = replace(CONFIG, estimator="exact")
+    _, alone = model.run_with_sparse_cache(text[:, :40], config=config)
+    _, cache = model.run_with_sparse_cache(text, config=config, attention_mask=mask)
+    (a,) = tl_stream.recheck(model, text[:, :40], alone, rows=3, sample=0).answers
+    (b,) = tl_stream.recheck(model, text, cache, rows=3, sample=0, attention_mask=mask).answers
+    assert a.rows == b.rows == (37, 38, 39)
+    assert a.reread == pytest.approx(b.reread, abs=1e-6)
+    _, short = model.run_with_sparse_cache(text, config=config, attention_mask=mask, logits_to_keep=8)
+    with pytest.raises(ValueError, match=r"reread was of the last 8 positions, but the chosen rows of text 0 are"):
+        tl_stream.recheck(model, text, short, rows=3, sample=0, attention_mask=mask)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class NextTokens(NamedTuple):
         chosen = batch.apply(torch.arange(len(self.token), device=self.token.device)).reshape(-1)
         return NextTokens(self.token[chosen], self.lead[chosen])
 
-    def reread(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch pos"]:
+    def reread(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch known"]:
         """By how much the same tokens are more probable than any other in other logits of the last positions.
 
         Negative where these say something else. On the logits' device; a loaded cache's tokens are on the CPU.

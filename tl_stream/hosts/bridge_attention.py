@@ -19,13 +19,16 @@ from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
 from tl_stream.hosts.hooks import complete, first_hook, stream, watch_gradient
-from tl_stream.hosts.overrides import Overrides
-from tl_stream.hosts.predicates import mask_from_predicate
+from tl_stream.hosts.overrides import Overrides, standing
+from tl_stream.hosts.own_code import is_own
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Scale, Tanh
+from tl_stream.tensors.dense_mask import mask_of
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.products import Origin, Products
 from tl_stream.tensors.scores import AttentionScores, CaptureProduct
+
+STEPS = ("_apply_reconstruct_attention_mask", "_masked_softmax")
 
 
 class BridgeAttention:
@@ -45,11 +48,17 @@ class BridgeAttention:
             overrides.method(part, "_call_impl", partial(self._call_part, part))
         for owner, name, buffer in _mask_buffers(attn):
             overrides.put(owner._buffers, name, _BufferMask(buffer, overrides.is_on))
-        overrides.method(attn, "_call_impl", self._call)
-        overrides.method(attn, "_apply_reconstruct_attention_mask", self._apply_mask)
-        if hasattr(attn, "_masked_softmax"):
-            overrides.method(attn, "_masked_softmax", _softmax)
+        for inner in set(attn.original_component.modules()).difference(attn.submodules.values(), _hook_points(attn)):
+            overrides.method(inner, "_call_impl", partial(self._call_inner, inner))
+        overrides.method(attn, "forward", self._call)
+        self.install_steps(overrides)
         overrides.put(attn.__dict__, "_pattern", attn._pattern)
+
+    def install_steps(self, overrides: Overrides) -> None:
+        """Replace the steps that are TransformerLens's own; a user's are called as they are."""
+        for name, function in zip(STEPS, (self._apply_mask, _softmax), strict=True):
+            if hasattr(self.attn, name) and is_own(standing(self.attn, name)):
+                overrides.method(self.attn, name, function)
 
     def attend(
         self,
@@ -105,7 +114,7 @@ class BridgeAttention:
         return self.capture.origin
 
     def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's own call, with q . k^T noted."""
+        """The module's own forward, with q . k^T noted."""
         before = self.capture, self.fired  # a hook may run the model, too
         hooks = partial(self._fire, self.attn.hook_attn_scores), partial(self._fire, self.attn.hook_pattern)
         capture = CaptureProduct(self.origin_of(), self.n_heads, self.kv_heads, hooks)
@@ -138,6 +147,28 @@ class BridgeAttention:
             return complete(args[0], result, part) if is_recorded else result
         finally:
             capture.paused = before
+
+    def _call_inner(self, inner: Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A part of the Hugging Face module: torch's hooks on it run with the capture paused, too; its forward as before."""
+        capture = self.capture
+        if capture is None or capture.paused or not (inner._forward_hooks or inner._forward_pre_hooks):
+            return original(*args, **kwargs)
+
+        def resumed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            capture.paused = False
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                capture.paused = True
+
+        overrides = Overrides(lambda: True)
+        overrides.method(inner, "forward", resumed)
+        capture.paused = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            capture.paused = False
+            overrides.restore()
 
     def _fire(self, point: HookPoint, x: Tensor) -> Tensor:
         result = point(x)
@@ -185,7 +216,7 @@ def _mask_buffers(attn: Any) -> list[tuple[Module, str, Tensor]]:
 
 
 class _BufferMask:
-    """Stands in the place of a mask buffer `[..., query_pos, key_pos]`: a part of it is a `MaskTensor`, found by bisection."""
+    """Stands in the place of a mask buffer `[..., query_pos, key_pos]`: a part of it is a `MaskTensor`."""
 
     def __init__(self, buffer: Tensor, is_on: Callable[[], bool]) -> None:
         self.buffer, self.is_on = buffer, is_on
@@ -199,13 +230,8 @@ class _BufferMask:
         if not self.is_on():
             return part
         part = part.view(part.shape[-2:])
-        n_queries, n_keys = part.shape
-
-        def allows(rows: Tensor, keys: Tensor) -> Tensor:
-            return part[rows, keys] != self.hides
-
-        make = partial(mask_from_predicate, allows, n_queries, n_keys, n_keys - n_queries, part.device)
-        return MaskTensor(make, (1, 1, n_queries, n_keys), torch.bool, part.device, self.hides)
+        make = partial(mask_of, part, lambda rows: rows != self.hides)
+        return MaskTensor(make, (1, 1, *part.shape), torch.bool, part.device, self.hides)
 
 
 def _softmax(original: Callable[..., Any], attn_scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:

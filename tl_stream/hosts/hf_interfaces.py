@@ -6,16 +6,20 @@ alone call us with their queries, keys and values.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tl_stream.hosts.overrides import Overrides
+from tl_stream.hosts.overrides import Overrides, standing
+from tl_stream.hosts.own_code import functions_in, is_own
 from tl_stream.hosts.predicates import mask_from_predicate
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.mask_tensor import MaskTensor
@@ -46,14 +50,35 @@ class _Name(str):
 
 
 def own_implementation(overrides: Overrides, configs: Iterable[Any], attention: Callable[..., Any]) -> None:
-    """`attention` computes attention under `configs`, which get `MaskTensor`s for masks, meanwhile."""
-    name = f"tl_stream_{next(_numbers)}"
-    overrides.put(AttentionMaskInterface._global_mapping, name, make_mask)
-    overrides.put(AttentionInterface._global_mapping, name, attention)
+    """`attention` computes attention under `configs`, which get `MaskTensor`s for masks, meanwhile.
+
+    A user's own mask function, registered beside his attention, is called as it is.
+    """
     for config in configs:
-        own = _Name(name)
+        own = _Name(f"tl_stream_{next(_numbers)}")
         own.before, own.is_on = config._attn_implementation_internal, overrides.is_on
+        masks = ALL_MASK_ATTENTION_FUNCTIONS.get(own.before)
+        if own.before in (None, "eager") or masks is not None:  # without a mask function there is no mask
+            theirs = None if masks is None or is_own(masks) else masks
+            overrides.put(AttentionMaskInterface._global_mapping, str(own), theirs or make_mask)
+        overrides.put(AttentionInterface._global_mapping, str(own), attention)
         overrides.put(config.__dict__, "_attn_implementation_internal", own)
+
+
+def users_attention(module: Module) -> Callable[..., Any] | None:
+    """The function that computes attention for `module` untraced, where a user wrote it; None where it is Hugging Face's.
+
+    That is what its config names in `AttentionInterface`, or else the default that its forward gives to it.
+    """
+    name = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
+    name = name.before if isinstance(name, _Name) else name
+    named = ALL_ATTENTION_FUNCTIONS.get(name)
+    candidates = [named] if named else [each for each in functions_in(standing(module, "forward")) if _is_attention(each)]
+    return next((each for each in candidates if not is_own(each)), None)
+
+
+def _is_attention(function: Any) -> bool:
+    return list(inspect.signature(function).parameters)[:4] == ["module", "query", "key", "value"]
 
 
 def make_mask(

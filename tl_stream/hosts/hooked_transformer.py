@@ -90,5 +90,5 @@ def _noted(installation: Installation, args: tuple, kwargs: dict) -> tuple[tuple
 
 def _why_not_block(block: Module) -> str:
     found = len(parts_of(block, AbstractAttention))
-    kind = name_of(type(getattr(block, "attn", block)))
-    return f"its {kind} holds {found} of TransformerLens's attention modules; expected one"
+    place = type(getattr(block, "attn", block))
+    return f"its {name_of(place)} holds {found} of TransformerLens's attention modules; expected one"

@@ -1,7 +1,4 @@
-"""Whose code is it?
-
-What tracing replaces must be TransformerLens's or Hugging Face's own; a user's is called, or refused by name.
-"""
+"""Whose code is it? What tracing replaces must be TransformerLens's or Hugging Face's own; a user's is called, or refused."""
 
 from __future__ import annotations
 
@@ -48,6 +45,15 @@ def mentions(function: Any, *endings: str) -> bool:
         return False
     held = inspect.getclosurevars(function).nonlocals.values()
     return any(name.endswith(endings) for name in (*_names_in(function.__code__), *map(name_of, held)))
+
+
+def functions_in(function: Any) -> list[Any]:
+    """The functions of its own module, or imported there, that a function's code names."""
+    function = _function(function)
+    if not isinstance(function, FunctionType):
+        return []
+    named = (function.__globals__.get(name) for name in _names_in(function.__code__))
+    return [each for each in named if isinstance(each, FunctionType)]
 
 
 def why_not_followed(own: Iterable[Any], steps: Callable[[], Any]) -> str | None:

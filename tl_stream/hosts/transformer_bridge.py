@@ -16,9 +16,12 @@ from transformers.utils import TransformersKwargs
 
 from tl_stream.hosts.arguments import check_length, check_tokens, parameters
 from tl_stream.hosts.bridge_attention import BridgeAttention
-from tl_stream.hosts.hf_interfaces import own_implementation
+from tl_stream.hosts.bridge_steps import why_not_steps
+from tl_stream.hosts.hf_interfaces import own_implementation, users_attention
+from tl_stream.hosts.hooks import never_dense
 from tl_stream.hosts.installation import Installation
 from tl_stream.hosts.kv_cache import serve
+from tl_stream.hosts.own_code import is_own, name_of, parts_of
 
 _GROWING_ROPE = ("dynamic", "longrope")  # rotary positions that are made for more than n_ctx tokens
 
@@ -55,8 +58,12 @@ def why_not(model: Any) -> str | None:
             "another TransformerBridge was booted around the same Hugging Face model afterwards, so that this one's hooks no "
             "longer fire; use that one, or boot each around a model of its own"
         )
-    reasons = {layer: _why_not_attention(attn) for layer, attn in attention_layers(model).items()}
-    return next((f"layer {layer}: {reason}" for layer, reason in reasons.items() if reason), None)
+    layers, running = attention_layers(model), set(model.original_model.modules())
+    for layer, block in enumerate(model.blocks):
+        reason = _why_not_attention(model, layers[layer], running) if layer in layers else _why_not_block(block)
+        if reason:
+            return f"layer {layer}: {reason}"
+    return None
 
 
 def keywords(model: Any) -> set[str]:
@@ -67,20 +74,22 @@ def keywords(model: Any) -> set[str]:
 
 
 def attention_layers(model: Any) -> dict[int, AttentionBridge]:
-    """The softmax attention of each layer that has one."""
-    found = {layer: block._modules.get("attn") for layer, block in enumerate(getattr(model, "blocks", ()))}
-    return {layer: attn for layer, attn in found.items() if isinstance(attn, AttentionBridge)}
+    """The softmax attention of each layer that has one, whatever it is wrapped in."""
+    found = {layer: _attentions(_place(block)) for layer, block in enumerate(getattr(model, "blocks", ()))}
+    return {layer: parts[0] for layer, parts in found.items() if len(parts) == 1}
 
 
 def install(model: Any, installation: Installation) -> None:
     """Put Stream between q . k and the softmax of every attention layer."""
-    overrides = installation.overrides
+    overrides, layers = installation.overrides, attention_layers(model)
     overrides.entry(model.original_model, partial(_check_input, model, installation))
+    overrides.uncompiled(model.original_model, layers.values())
     serve(model, overrides)
     traced = []
-    for layer, attn in attention_layers(model).items():
+    for layer, attn in layers.items():
         traced.append(BridgeAttention(attn, partial(installation.origin, layer), *_head_counts(model.cfg, attn)))
         traced[-1].install(overrides)
+        never_dense(overrides, model.blocks[layer], attn.hook_attn_scores, layer)
     own_implementation(overrides, _configs(model, traced), partial(_attend, _by_module(traced)))
 
 
@@ -115,7 +124,27 @@ def _behind_another_bridge(model: Any) -> bool:
     return not wrapped.isdisjoint(attention_layers(model).values())
 
 
-def _why_not_attention(attn: AttentionBridge) -> str | None:
+def _place(block: Module) -> Module | None:
+    """Where a block has its attention: anywhere, in a block that isn't TransformerLens's."""
+    return block._modules.get("attn", None if is_own(type(block)) else block)
+
+
+def _attentions(place: Module | None) -> list[AttentionBridge]:
+    if place is None or isinstance(place, AttentionBridge):
+        return [] if place is None else [place]
+    return [] if is_own(type(place)) else parts_of(place, AttentionBridge)
+
+
+def _why_not_block(block: Module) -> str | None:
+    """Layers without softmax attention run as they are."""
+    place = _place(block)
+    found = len(_attentions(place))
+    if place is None or is_own(type(place)) or (place is block and not found):
+        return None
+    return f"its {name_of(type(place))} holds {found} of TransformerLens's attention modules; expected one"
+
+
+def _why_not_attention(model: Any, attn: AttentionBridge, running: set[Module]) -> str | None:
     if attn.is_cross_attention or getattr(attn.original_component, "is_cross_attention", False):
         return "it reads another text (cross-attention)"
     if not attn.is_causal or getattr(attn.original_component, "is_causal", None) is False:
@@ -123,7 +152,10 @@ def _why_not_attention(attn: AttentionBridge) -> str | None:
     if attn.requires_relative_position_bias:
         return "its relative position bias (T5) is a learned query_pos x key_pos table"
     kind = type(attn.original_component).__name__
-    return _UNSUPPORTED.get(type(attn).__name__) or _UNSUPPORTED.get(kind)
+    unsupported = _UNSUPPORTED.get(type(attn).__name__) or _UNSUPPORTED.get(kind)
+    if attn not in running:
+        return "its attention is not a part of the model that runs any more: other code was put in its place"
+    return unsupported or why_not_steps(attn, *_head_counts(model.cfg, attn))
 
 
 def _head_counts(cfg: Any, attn: AttentionBridge) -> tuple[int, int]:
@@ -152,7 +184,8 @@ def _attend(traced: dict[Module, BridgeAttention], module: Module, *args: Any, *
         raise NotImplementedError(
             f"A {type(module).__name__} outside the model's attention layers asked for attention; it can't be traced."
         )
-    return traced[module].attend(*args, **kwargs)
+    attend = users_attention(module)  # takes a product that is captured
+    return traced[module].attend(*args, **kwargs) if attend is None else attend(module, *args, **kwargs)
 
 
 def _check_input(model: Any, installation: Installation, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -209,22 +209,20 @@ def _is_stack(x: Any, dim: int) -> bool:
 
 
 def _einsum_operands(equation: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
-    """q and k `[batch, head_index, _, d_head]` of an einsum that gives their products; None where it gives something else."""
+    """q and k `[batch, head_index, _, d_head]` of an einsum that gives their product; None: another einsum."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
-    summed = set(names[0]) - set(output)
+    summed = "".join(set(names[0]) - set(output))
     if len(output) != 4 or len(summed) != 1:
         return None
-    batch, head, query, key = list(output)
-    d_head = summed.pop()
-    if query in names[1]:
+    if output[2] in names[1]:
         names, first, second = names[::-1], second, first
-    wanted = (batch, head, query, d_head), (batch, head, key, d_head)
-    if any(set(found) != set(order) for found, order in zip(names, wanted, strict=True)):
+    orders = output[:3] + summed, output[:2] + output[3] + summed
+    if any(set(found) != set(order) for found, order in zip(names, orders, strict=True)):
         return None
     q, k = (
         x.permute([found.index(letter) for letter in order])
-        for x, found, order in zip((first, second), names, wanted, strict=True)
+        for x, found, order in zip((first, second), names, orders, strict=True)
     )
     return q, k
 
