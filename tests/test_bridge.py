@@ -261,7 +261,8 @@ def test_text_and_tokens_that_are_too_long() -> None:
 def test_a_failed_run_leaves_the_kv_cache_as_it_was(model: Any) -> None:
     text = tokens()
     past: Any = DynamicCache(config=model.original_model.config)
-    model(text[:, :30], past_key_values=past, use_cache=True)
+    with served(model):
+        model(text[:, :30], past_key_values=past, use_cache=True)
     before = [layer.keys.clone() for layer in past.layers]
     with pytest.raises(RuntimeError, match="from a hook"), model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", fail)]):
         model.run_with_sparse_cache(text[:, 30:], config=FULL, past_key_values=past, use_cache=True)

@@ -19,8 +19,10 @@ from tl_stream import StreamConfig
 from tl_stream.budget import PerHead, TopP
 from tl_stream.fidelity import distribute, find_budget
 from tl_stream.fidelity.criteria import METRICS
+from tl_stream.hosts.kv_cache import served
 
 CONFIG = StreamConfig(block_q=16, block_k=16, max_dense=0)
+FINE = replace(CONFIG, block_q=8, block_k=8)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def needle(model: Any, length: int = 512, seed: int = 0) -> Tensor:
 
 
 def generated(model: Any, prompt: Tensor, n: int) -> tuple[int, ...]:
-    output = model.generate(prompt, max_new_tokens=n, do_sample=False, stop_at_eos=False, verbose=False)
+    with served(model):
+        output = model.generate(prompt, max_new_tokens=n, do_sample=False, stop_at_eos=False, verbose=False)
     return tuple(output[0, prompt.shape[1] :].tolist())
 
 
@@ -171,7 +174,7 @@ def test_the_smallest_total_over_all_heads(model: Any) -> None:
     passes: list[int] = []
     count = lambda embedded, hook: passes.append(embedded.shape[1])  # noqa: E731
     with model.hooks(fwd_hooks=[("hook_embed", count)]):
-        result = find_budget(model, prompt, match, over="total", config=CONFIG, progress=False)
+        result = find_budget(model, prompt, match, over="total", config=FINE, progress=False)
     assert passes.count(512) == len(result.evaluations) + 1  # the dense run also measures what the heads' blocks hold
     assert result.over == "total"
     assert result.best is not None
@@ -179,11 +182,11 @@ def test_the_smallest_total_over_all_heads(model: Any) -> None:
     assert sum(per_head(model, result.config)) == result.best.budget
     dense = generated(model, prompt, match)
     for each in result.evaluations:
-        k = distribute(model, prompt, each.budget / n_heads, config=CONFIG, at_most=33)
-        with tl_stream.sparse(model, replace(CONFIG, k=k)):
+        k = distribute(model, prompt, each.budget / n_heads, config=FINE, at_most=65)
+        with tl_stream.sparse(model, replace(FINE, k=k)):
             assert each.tokens == (generated(model, prompt, match),)
         assert each.matched == (each.tokens == (dense,))
-        _, cache = model.run_with_sparse_cache(prompt, config=replace(CONFIG, k=k))
+        _, cache = model.run_with_sparse_cache(prompt, config=replace(FINE, k=k))
         assert each.pruned == pytest.approx(cache.pruned)
     assert result.evaluations[0].budget == n_heads
     tried = {each.budget for each in result.evaluations}
@@ -215,13 +218,13 @@ def test_a_total_is_for_the_layers_that_are_not_dense(model: Any) -> None:
 @torch.no_grad()
 def test_the_smallest_share_of_attention(model: Any) -> None:
     prompt = needle(model, seed=1)
-    result = find_budget(model, prompt, 7, over="top_p", config=CONFIG, progress=False)
+    result = find_budget(model, prompt, 7, over="top_p", config=FINE, progress=False)
     assert result.best is not None
     assert 1 < result.best.budget < 100
-    assert result.config == replace(CONFIG, k=TopP(result.best.budget / 100, at_most=33))
+    assert result.config == replace(FINE, k=TopP(result.best.budget / 100, at_most=65))
     with tl_stream.sparse(model, result.config):
         assert result.best.tokens == (generated(model, prompt, 7),)
-    everything = find_budget(model, prompt, over="top_p", config=CONFIG, low=100, progress=False)
+    everything = find_budget(model, prompt, over="top_p", config=FINE, low=100, progress=False)
     assert [(each.budget, each.pruned, each.matched) for each in everything.evaluations] == [(100, 0.0, True)]
 
 

@@ -137,3 +137,14 @@ def test_studies_that_generate_unembed_one_row_a_step() -> None:
             study()
             assert rows, name
             assert max(rows) <= 7, name
+
+
+@torch.no_grad()
+def test_with_single_queries_steps_are_the_model_that_reads_all_again() -> None:
+    """A step chooses as its row does in a run on the generated text."""
+    model: Any = tl_stream.models.load()
+    text = model.to_tokens(tl_stream.tasks.niah_single_1(model.tokenizer, 260, depth=0.4, seed=1).prompt)
+    with tl_stream.sparse(model, StreamConfig(block_q=1, block_k=8, k=1)):
+        generated = model.generate(text, max_new_tokens=12, do_sample=False, verbose=False)
+        again = model(generated)
+    assert torch.equal(again[0, text.shape[1] - 1 : -1].argmax(-1), generated[0, text.shape[1] :])
