@@ -91,14 +91,16 @@ class AttentionScores(Wrapper):
         """Let Stream choose the blocks to keep; joined where the last rows read everything.
 
         Raises:
-            ValueError: q or k holds NaN, or no mask was applied.
+            ValueError: q or k holds NaN, or no mask was applied, or one that isn't causal.
         """
         if self.mask is None and self.shape[2] == 1:  # a single query, in a step of generation, needs no mask
             return self.with_mask(AttentionMask.causal(1, self.shape[3], device=self.device)).to_sparse_scores()
         if self.mask is None:
             raise ValueError("mask: no causal mask was applied to the scores; bidirectional attention is not supported.")
         products = self.products
-        batch, _, n_queries, _ = self.shape
+        batch, _, n_queries, n_keys = self.shape
+        if bool((self.mask.stop > AttentionMask.causal(n_queries, n_keys, device=self.mask.device).stop).any()):
+            raise ValueError("mask: it shows queries the keys after them; only causal attention can be made sparse.")
         if not batch or not n_queries:
             raise ValueError(f"The input was of {batch} texts of {n_queries} tokens; expected at least one of each.")
         check_numbers("q", products.q, self.origin)
@@ -173,7 +175,7 @@ class CaptureProduct(TorchFunctionMode):
         if self.scores is None:
             self.scores = self._captured(name, args, kwargs or {})
             if self.scores is not None:
-                return MergedScores(self.scores) if args[0].dim() == 3 and name == "bmm" else self.scores
+                return MergedScores(self.scores) if name == "bmm" and args[0].dim() == 3 else self.scores
         return func(*args, **(kwargs or {}))
 
     def _captured(self, name: str, args: tuple, kwargs: dict) -> AttentionScores | None:
@@ -304,7 +306,9 @@ def _masked_fill(scores: Any, where: Any, value: Any) -> Any:
 
 
 def _where(condition: Any, scores: Any, value: Any) -> Any:
-    """`where(visible, scores, least number)`, or the other way round."""
+    """`where(visible, scores, least number)`, `scores.where(visible, least number)`, or the other way round."""
+    if isinstance(condition, AttentionScores):
+        condition, scores = scores, condition
     if isinstance(scores, AttentionScores):
         return _hidden(scores, condition, value, False)
     return _hidden(value, condition, scores, True)
