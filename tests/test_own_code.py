@@ -24,7 +24,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.opt import modeling_opt
-from zoo import HAS_HOOKED, NEEDS_HOOKED, build, gap, mask_hooks, tokens
+from zoo import HAS_HOOKED, NEEDS_HOOKED, VARIANTS, build, gap, mask_hooks, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
@@ -236,8 +236,8 @@ def test_own_alibi() -> None:
 @NEEDS_HOOKED
 @torch.no_grad()
 def test_own_to_tokens() -> None:
-    model, text = tl_stream.models.load(host="hooked"), "the grass is green ."
-    original: Any = model.to_tokens
+    model: Any = tl_stream.models.load(host="hooked")
+    text, original = "the grass is green .", model.to_tokens
     vars(model)["to_tokens"] = lambda *args, **kwargs: original(*args, **kwargs).flip(-1)
     logits, _ = model.run_with_sparse_cache(text, config=FULL)
     assert gap(logits, model(text)) < 1e-4 * logits.abs().max()
@@ -623,17 +623,25 @@ def test_whose_code_it_is() -> None:
     assert not is_own(Wrapped)
 
 
-@pytest.mark.parametrize("checked", ["test_exactness.py", "test_families.py", "test_own_code.py"])
-def test_under_the_type_checks_of_transformer_lens(checked: str) -> None:
+CHECKED = [
+    *[f"test_exactness.py::test_nothing_pruned_equals_run_with_cache[{variant}-float64]" for variant in ("gqa", "local")],
+    *[f"test_exactness.py::test_pruned_equals_the_masked_dense_model[{variant}-float64]" for variant in VARIANTS],
+    *[f"test_exactness.py::test_padded_batch[{variant}-left-full]" for variant in ("gqa", "alibi", "sinks")],
+    *[f"test_families.py::test_pruned_equals_the_masked_model[{family}]" for family in ("GPT-2", "Llama", "OPT", "Native")],
+    *[f"test_own_code.py::test_methods_of_hooked_transformer[{name}-subclass]" for name in ("cooler", "window", "in_place")],
+]
+
+
+def test_under_the_type_checks_of_transformer_lens() -> None:
     """TransformerLens's own tests run with these on; they are made at import, so in a process of their own."""
-    wanted = {
-        "test_exactness.py": "(nothing_pruned or pruned_equals) and float64 and (gqa or local or alibi or sinks or split)",
-        "test_families.py": "(nothing_pruned or pruned_equals) and (Llama or GPT-2 or OPT or Native)",
-        "test_own_code.py": "(cooler or window or later_first) and subclass",
-    }[checked]
     here = Path(__file__).parent
-    options = ["-q", "-x", "-p", "no:warnings", "-p", "no:cacheprovider", "-k", wanted]
-    command = [sys.executable, "-m", "pytest", *options, "--jaxtyping-packages=transformer_lens,beartype.beartype", checked]
+    options = ["-q", "-p", "no:warnings", "-p", "no:cacheprovider", "--jaxtyping-packages=transformer_lens,beartype.beartype"]
     path = os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = subprocess.run(command, cwd=here, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *CHECKED],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stdout[-3000:]

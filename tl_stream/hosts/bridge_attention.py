@@ -187,9 +187,9 @@ class BridgeAttention:
             return attn_scores.where(part, -torch.inf) if part.dtype == torch.bool else attn_scores + part
         if attention_mask is not None and attention_mask.dim() != 2:
             raise NotImplementedError(
-                f"attention_mask reached the attention of layer {self.origin.layer} with the shape {tuple(attention_mask.shape)}, "
-                "not None or [batch, pos] with 0 for padding: TransformerLens takes this one for the whole mask and shows every "
-                "query the keys after it."
+                f"attention_mask reached the attention of layer {self.origin.layer} with shape {tuple(attention_mask.shape)}, "
+                "not None or [batch, pos] with 0 for padding: TransformerLens takes this one for the whole mask and shows "
+                "every query the keys after it."
             )
         valid = None if attention_mask is None else attention_mask[:, :seq_len].bool()
         mask = AttentionMask.causal(q_seq_len or seq_len, seq_len, key_valid=valid, device=attn_scores.device)
