@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import tl_stream
 from tl_stream import StreamConfig
+from tl_stream.hosts.kv_cache import served
 
 FULL = StreamConfig(block_q=8, block_k=8, k=1000, max_dense=0)
 PRUNED = StreamConfig(block_q=8, block_k=8, k=3, beam=1, max_dense=0)

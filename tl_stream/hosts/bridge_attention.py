@@ -184,14 +184,14 @@ class BridgeAttention:
             n_queries, n_keys = attn_scores.shape[-2:]
             rows = range(attention_mask.shape[-2] - n_queries, attention_mask.shape[-2])
             return attn_scores + attention_mask.part(rows, range(n_keys))
+        if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[-2] > 1:
+            part = attention_mask[..., -attn_scores.shape[-2] :, : attn_scores.shape[-1]]  # made by a user's mask function
+            return attn_scores.where(part, -torch.inf) if part.dtype == torch.bool else attn_scores + part
         if attention_mask is not None and attention_mask.dim() != 2:
-            shape = tuple(attention_mask.shape)
-            why = "a query_pos x key_pos mask can't be traced in linear memory"
-            if shape[-2] == 1:
-                why = "TransformerLens takes this one for the whole mask and shows every query the keys after it"
             raise NotImplementedError(
-                f"attention_mask reached the attention of layer {self.origin.layer} with the shape {shape}; expected None or "
-                f"[batch, pos] with 0 for padding: {why}."
+                f"attention_mask reached the attention of layer {self.origin.layer} with shape {tuple(attention_mask.shape)}, "
+                "not None or [batch, pos] with 0 for padding: TransformerLens takes this one for the whole mask and shows "
+                "every query the keys after it."
             )
         valid = None if attention_mask is None else attention_mask[:, :seq_len].bool()
         mask = AttentionMask.causal(q_seq_len or seq_len, seq_len, key_valid=valid, device=attn_scores.device)

@@ -57,12 +57,19 @@ def own_implementation(overrides: Overrides, configs: Iterable[Any], attention: 
     for config in configs:
         own = _Name(f"tl_stream_{next(_numbers)}")
         own.before, own.is_on = config._attn_implementation_internal, overrides.is_on
-        masks = ALL_MASK_ATTENTION_FUNCTIONS.get(own.before)
-        if own.before in (None, "eager") or masks is not None:  # without a mask function there is no mask
-            theirs = None if masks is None or is_own(masks) else masks
-            overrides.put(AttentionMaskInterface._global_mapping, str(own), theirs or make_mask)
+        make = mask_function(own.before)
+        if make is not None:
+            overrides.put(AttentionMaskInterface._global_mapping, str(own), make)
         overrides.put(AttentionInterface._global_mapping, str(own), attention)
         overrides.put(config.__dict__, "_attn_implementation_internal", own)
+
+
+def mask_function(name: str | None) -> Callable[..., Any] | None:
+    """What makes masks under the implementation `name` while tracing: `make_mask`, or a user's; None where nothing does."""
+    named = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if named is None:
+        return make_mask if name is None else None
+    return make_mask if is_own(named) else named
 
 
 def users_attention(module: Module) -> Callable[..., Any] | None:
@@ -70,11 +77,15 @@ def users_attention(module: Module) -> Callable[..., Any] | None:
 
     That is what its config names in `AttentionInterface`, or else the default that its forward gives to it.
     """
-    name = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
-    name = name.before if isinstance(name, _Name) else name
-    named = ALL_ATTENTION_FUNCTIONS.get(name)
+    named = ALL_ATTENTION_FUNCTIONS.get(implementation_of(module))
     candidates = [named] if named else [each for each in functions_in(standing(module, "forward")) if _is_attention(each)]
     return next((each for each in candidates if not is_own(each)), None)
+
+
+def implementation_of(module: Module) -> str | None:
+    """The name of the implementation in a module's config, as it is without us."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
+    return name.before if isinstance(name, _Name) else name
 
 
 def _is_attention(function: Any) -> bool:

@@ -92,8 +92,8 @@ def never_dense(overrides: Overrides, block: Module, hook_attn_scores: HookPoint
             output = original(*args, **kwargs)
             if not seen[-1]:
                 raise NotImplementedError(
-                    f"Layer {layer} ran without the attention that {hook_attn_scores.name} shows, and would stay dense in "
-                    "silence: a forward of its own, or another module, stands in its place. Restore TransformerLens's."
+                    f"Layer {layer} ran without the attention that {hook_attn_scores.name} shows: a forward of its own, or "
+                    "another module, stands in its place and would stay dense. Restore TransformerLens's own."
                 )
             return output
         finally:

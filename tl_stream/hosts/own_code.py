@@ -59,17 +59,16 @@ def functions_in(function: Any) -> list[Any]:
 def why_not_followed(own: Iterable[Any], steps: Callable[[], Any]) -> str | None:
     """Why attention can't be traced through a user's `own` functions, which `steps()` calls; None where it can.
 
-    `steps` gives attention scores, masked, or a sparse tensor where it goes on from there.
+    `steps` gives masked attention scores, or a sparse tensor where it goes on from there.
     """
     names = ", ".join(map(name_of, own))
     try:
         with torch.no_grad():
             found = steps()
+            found = found.to_sparse_scores() if isinstance(found, AttentionScores) else found
     except Exception as error:  # whatever a user's code may raise
         return f"its own {names} can't be traced ({type(error).__name__}: {error})"
-    if isinstance(found, SparseTensor) or (isinstance(found, AttentionScores) and found.mask is not None):
-        return None
-    return f"its own {names} gives dense scores, or no mask; expected what it was given, scaled, masked or with a bias added"
+    return None if isinstance(found, SparseTensor) else f"its own {names} makes what it is given dense"
 
 
 def parts_of(module: Module, kind: type) -> list[Any]:

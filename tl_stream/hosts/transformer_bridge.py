@@ -58,9 +58,9 @@ def why_not(model: Any) -> str | None:
             "another TransformerBridge was booted around the same Hugging Face model afterwards, so that this one's hooks no "
             "longer fire; use that one, or boot each around a model of its own"
         )
-    layers, running = attention_layers(model), set(model.original_model.modules())
+    layers = attention_layers(model)
     for layer, block in enumerate(model.blocks):
-        reason = _why_not_attention(model, layers[layer], running) if layer in layers else _why_not_block(block)
+        reason = _why_not_attention(model, block, layers[layer]) if layer in layers else _why_not_block(block)
         if reason:
             return f"layer {layer}: {reason}"
     return None
@@ -144,7 +144,7 @@ def _why_not_block(block: Module) -> str | None:
     return f"its {name_of(type(place))} holds {found} of TransformerLens's attention modules; expected one"
 
 
-def _why_not_attention(model: Any, attn: AttentionBridge, running: set[Module]) -> str | None:
+def _why_not_attention(model: Any, block: Module, attn: AttentionBridge) -> str | None:
     if attn.is_cross_attention or getattr(attn.original_component, "is_cross_attention", False):
         return "it reads another text (cross-attention)"
     if not attn.is_causal or getattr(attn.original_component, "is_causal", None) is False:
@@ -153,8 +153,9 @@ def _why_not_attention(model: Any, attn: AttentionBridge, running: set[Module]) 
         return "its relative position bias (T5) is a learned query_pos x key_pos table"
     kind = type(attn.original_component).__name__
     unsupported = _UNSUPPORTED.get(type(attn).__name__) or _UNSUPPORTED.get(kind)
-    if attn not in running:
-        return "its attention is not a part of the model that runs any more: other code was put in its place"
+    running = block._modules.get("_original_component") or model.original_model
+    if attn not in set(running.modules()):
+        return f"its attention is not a part of the {type(running).__name__} that runs any more; another module is in its place"
     return unsupported or why_not_steps(attn, *_head_counts(model.cfg, attn))
 
 

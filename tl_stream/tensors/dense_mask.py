@@ -22,29 +22,28 @@ def mask_of(dense: Tensor, visible: Callable[[Tensor], Tensor]) -> AttentionMask
     """The mask that a dense tensor stands for.
 
     Args:
-        dense: Broadcasts to `[batch, head_index, query_pos, key_pos]`; query i is the one at key_pos - query_pos + i.
+        dense: Broadcasts to `[batch, head_index, query_pos, key_pos]`.
         visible: Where an entry of (some rows of) it lets a query read a key.
 
     Raises:
-        NotImplementedError: It is not, for each query, one range of keys that ends with the query's own, less padding.
+        NotImplementedError: It is not, for each query, one range of keys, less padding, in all heads alike.
     """
     dense = dense[(None,) * (4 - dense.dim())]
-    n_queries, n_keys = dense.shape[-2:]
-    stop = torch.arange(n_keys - n_queries + 1, n_keys + 1, device=dense.device)
-    first, read = [], torch.zeros(len(dense), n_keys, dtype=torch.bool, device=dense.device)
-    for rows, shown in _chunks(dense, visible):
+    n_keys = dense.shape[-1]
+    first, last, read = [], [], torch.zeros(len(dense), n_keys, dtype=torch.bool, device=dense.device)
+    for _, shown in _chunks(dense, visible):
         read |= shown.any(1)
         seen = shown.any(0)
-        first.append(torch.where(seen.any(-1), seen.int().argmax(-1), stop[rows]))
-    start = torch.cat(first)
+        first.append(seen.int().argmax(-1))
+        last.append(torch.where(seen.any(-1), n_keys - seen.flip(-1).int().argmax(-1), 0))
+    start, stop = torch.cat(first).int(), torch.cat(last).int()
     for valid in (None, read):
-        mask = AttentionMask(start.int() if bool(start.any()) else None, stop.int(), n_keys, valid)
+        mask = AttentionMask(start if bool(start.any()) else None, stop, n_keys, valid)
         if all(torch.equal(shown, _part(mask, rows, len(dense))) for rows, shown in _chunks(dense, visible)):
             return mask
     raise NotImplementedError(
-        f"The model's attention mask, a dense tensor of shape {tuple(dense.shape)}, is not, for each query, one range of keys "
-        "that ends with the query's own; tl_stream traces causal, sliding-window, chunked and padded attention. Knock other "
-        "entries out in hook_attn_scores."
+        f"The model's attention mask, a dense tensor of shape {tuple(dense.shape)}, is not, for each query, one range of keys; "
+        "tl_stream traces causal, sliding-window, chunked and padded attention. Knock other entries out in hook_attn_scores."
     )
 
 

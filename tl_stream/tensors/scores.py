@@ -91,7 +91,7 @@ class AttentionScores(Wrapper):
         """Let Stream choose the blocks to keep; joined where the last rows read everything.
 
         Raises:
-            ValueError: q or k holds NaN, or no mask was applied.
+            ValueError: q or k holds NaN, or no mask was applied, or one that isn't causal.
         """
         if self.mask is None and self.shape[2] == 1:  # a single query, in a step of generation, needs no mask
             return self.with_mask(AttentionMask.causal(1, self.shape[3], device=self.device)).to_sparse_scores()
@@ -101,6 +101,8 @@ class AttentionScores(Wrapper):
         batch, _, n_queries, n_keys = self.shape
         if real is not None and self.mask.key_valid is None and real.shape == (batch, n_keys):
             self.mask = replace(self.mask, real=real.to(self.device))
+        if bool((self.mask.stop > AttentionMask.causal(n_queries, n_keys, device=self.mask.device).stop).any()):
+            raise ValueError("mask: it shows queries the keys after them; only causal attention can be made sparse.")
         if not batch or not n_queries:
             raise ValueError(f"The input was of {batch} texts of {n_queries} tokens; expected at least one of each.")
         check_numbers("q", products.q, self.origin)
@@ -176,7 +178,7 @@ class CaptureProduct(TorchFunctionMode):
         if self.scores is None:
             self.scores = self._captured(name, args, kwargs or {})
             if self.scores is not None:
-                return MergedScores(self.scores) if args[0].dim() == 3 and name == "bmm" else self.scores
+                return MergedScores(self.scores) if name == "bmm" and args[0].dim() == 3 else self.scores
         return func(*args, **(kwargs or {}))
 
     def _captured(self, name: str, args: tuple, kwargs: dict) -> AttentionScores | None:
@@ -307,7 +309,9 @@ def _masked_fill(scores: Any, where: Any, value: Any) -> Any:
 
 
 def _where(condition: Any, scores: Any, value: Any) -> Any:
-    """`where(visible, scores, least number)`, or the other way round."""
+    """`where(visible, scores, least number)`, `scores.where(visible, least number)`, or the other way round."""
+    if isinstance(condition, AttentionScores):
+        condition, scores = scores, condition
     if isinstance(scores, AttentionScores):
         return _hidden(scores, condition, value, False)
     return _hidden(value, condition, scores, True)
