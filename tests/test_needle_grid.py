@@ -53,7 +53,7 @@ def test_a_full_budget_is_the_dense_model_and_a_poor_one_is_not(grid: NeedleGrid
     assert (full.needle_retained == 1.0).all()
     assert poor.accuracy_sparse.min() == 0.0
     assert (poor.pruned > 0.8).all()
-    assert poor.needle_retained.between(0.0, 0.9).all()
+    assert poor.needle_retained.between(0.0, 0.92).all()
     assert (grid.accuracy() == 1.0).all()
     assert grid.accuracy("k = 1").shape == (2, 2)
     for cell in grid.cells:
