@@ -123,7 +123,7 @@ def test_along_generated_text() -> None:
     model, text, steps = build(), tokens(40), 6
     result = tl_stream.fidelity(model, text, CONFIG, new_tokens=steps)
     options = {"max_new_tokens": steps, "do_sample": False, "stop_at_eos": False, "verbose": False}
-    dense = model.generate(text, **options)
+    dense = model.generate(text, use_past_kv_cache=False, **options)
     with tl_stream.sparse(model, CONFIG):
         sparse = model.generate(text, **options)
     agree = (dense[:, 40:] == sparse[:, 40:]).cumprod(-1).double().mean()

@@ -23,7 +23,7 @@ def generated(model: Any, text: torch.Tensor, config: StreamConfig | None, n: in
     """Greedy answer: the dense model's own for None."""
     options: dict[str, Any] = {"max_new_tokens": n, "do_sample": False, "stop_at_eos": False, "verbose": False}
     if config is None:
-        return tuple(model.generate(text[None], **options)[0, len(text) :].tolist())
+        return tuple(model.generate(text[None], use_past_kv_cache=False, **options)[0, len(text) :].tolist())
     tokens = []
     for _ in range(n):  # without a KV cache: as one text
         with tl_stream.sparse(model, config), torch.no_grad():

@@ -95,7 +95,8 @@ def test_answers_are_those_of_greedy_generation(model: Any) -> None:
         with tl_stream.sparse(model, config):
             output = model.generate(prompt, max_new_tokens=7, do_sample=False, stop_at_eos=False, verbose=False)
         assert run_task(model, task, config).output == model.tokenizer.decode(output[0, 384:])
-    plain = model.generate(prompt, max_new_tokens=7, do_sample=False, stop_at_eos=False, verbose=False)
+    options = {"max_new_tokens": 7, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    plain = model.generate(prompt, use_past_kv_cache=False, **options)
     dense = run_task(model, task, dense_config(CONFIG))
     assert dense.output == model.tokenizer.decode(plain[0, 384:])
     assert dense.output.strip() == task.answer
@@ -316,7 +317,8 @@ def test_needles_that_a_sliding_window_has_left_behind(tmp_path: Path) -> None:
     assert last - gemma.original_model.config.sliding_window > needle.start
     dense = run_task(gemma, task, dense_config(CONFIG))
     prompt = torch.tensor([gemma.tokenizer(task.prompt)["input_ids"]])
-    whole = gemma.generate(prompt, max_new_tokens=dense.attention.shape[1], do_sample=False, stop_at_eos=False, verbose=False)
+    options = {"max_new_tokens": dense.attention.shape[1], "do_sample": False, "stop_at_eos": False, "verbose": False}
+    whole = gemma.generate(prompt, use_past_kv_cache=False, **options)
     _, plain = gemma.run_with_cache(whole[:, :-1])
     for layer, kind in enumerate(gemma.original_model.config.layer_types):
         expected = plain["pattern", layer][0, :, last:, needle].transpose(0, 1)
