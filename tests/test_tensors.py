@@ -370,7 +370,7 @@ def test_what_a_pattern_tells_about_itself(cache: SparseActivationCache) -> None
     assert type(scores) is BlockSparseScores
     assert pattern.block_values.shape == (2, 4, 8, 4, 8, 8)
     head, heads = cast(Any, pattern[0, 1]), cast(Any, pattern[0, 1:3])
-    assert head.block_values.shape == (1, 1, 8, 3, 8, 8)
+    assert head.block_values.shape == (1, 1, 8, 4, 8, 8)
     assert pattern.block_layout.shape == (2, 4, 61, 61)
     assert heads.block_layout.shape == (1, 2, 61, 61)
     text = repr(pattern)
