@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import einops
@@ -385,10 +385,15 @@ def test_own_fused_attention_function() -> None:
         assert_refused(model, text, "layer 0: its own test_own_code.fused_attention can't be traced", "no product of q and k")
 
 
+@pytest.mark.parametrize("is_decorated", [False, True])
 @torch.no_grad()
-def test_own_default_attention_function() -> None:
+def test_own_default_attention_function(is_decorated: bool) -> None:
     model, text = families.build("OPT", torch.float64), families.tokens(LENGTH)
-    plain = model(text)
+    plain, kind = model(text), cast("Any", modeling_opt.OPTAttention)
+    if is_decorated:  # as transformers does from 5.24 on
+        kind = type("Decorated", (kind,), {"forward": torch.no_grad()(kind.forward)})
+        for block in model.blocks:
+            block.attn.original_component.__class__ = kind
     with patch.object(modeling_opt, "eager_attention_forward", attention):
         assert_counts(model, text, plain)
 

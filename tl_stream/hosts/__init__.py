@@ -70,7 +70,10 @@ class Support:
 
 
 def supports(model: Any) -> Support:
-    """Whether `run_with_sparse_cache` and `sparse` take a model; if not, for what reason. Runs nothing."""
+    """Whether `run_with_sparse_cache` and `sparse` take a model; if not, for what reason.
+
+    Runs nothing of the model, but tries a user's own steps between q . k and the softmax, where there are any, on a few zeros.
+    """
     try:
         host = host_of(model)
     except (TypeError, ValueError) as error:

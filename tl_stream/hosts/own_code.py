@@ -27,7 +27,7 @@ def is_own(code: Any) -> bool:
     """
     if isinstance(code, type):
         return _library(code.__module__) in _LIBRARIES
-    layers = list(_layers(code))
+    layers = [_library(getattr(layer, "__globals__", {}).get("__name__", "")) for layer in _layers(code)]
     return bool(layers) and all(layer in _DECORATORS for layer in layers) and layers[-1] in _LIBRARIES
 
 
@@ -48,11 +48,9 @@ def mentions(function: Any, *endings: str) -> bool:
 
 
 def functions_in(function: Any) -> list[Any]:
-    """The functions of its own module, or imported there, that a function's code names."""
-    function = _function(function)
-    if not isinstance(function, FunctionType):
-        return []
-    named = (function.__globals__.get(name) for name in _names_in(function.__code__))
+    """The functions of its own module, or imported there, that a function's code names, or that of one which it decorates."""
+    layers = [layer for layer in _layers(function) if isinstance(layer, FunctionType)]
+    named = (layer.__globals__.get(name) for layer in layers for name in _names_in(layer.__code__))
     return [each for each in named if isinstance(each, FunctionType)]
 
 
@@ -90,11 +88,11 @@ def _function(code: Any) -> Any:
     return code
 
 
-def _layers(code: Any) -> Iterator[str]:
-    """The libraries in which a function and what it wraps, in turn, were written; "" for what isn't a function."""
+def _layers(code: Any) -> Iterator[Any]:
+    """A function and what it wraps, in turn."""
     while code is not None:
         code = _function(code)
-        yield _library(getattr(code, "__globals__", {}).get("__name__", ""))
+        yield code
         code = getattr(code, "__wrapped__", None)
 
 

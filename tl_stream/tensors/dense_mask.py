@@ -29,13 +29,14 @@ def mask_of(dense: Tensor, visible: Callable[[Tensor], Tensor]) -> AttentionMask
         NotImplementedError: It is not, for each query, one range of keys, less padding, in all heads alike.
     """
     dense = dense[(None,) * (4 - dense.dim())]
-    n_keys = dense.shape[-1]
+    n_queries, n_keys = dense.shape[-2:]
+    own = torch.arange(n_keys - n_queries + 1, n_keys + 1, device=dense.device)  # where an empty range is put
     first, last, read = [], [], torch.zeros(len(dense), n_keys, dtype=torch.bool, device=dense.device)
-    for _, shown in _chunks(dense, visible):
+    for rows, shown in _chunks(dense, visible):
         read |= shown.any(1)
         seen = shown.any(0)
-        first.append(seen.int().argmax(-1))
-        last.append(torch.where(seen.any(-1), n_keys - seen.flip(-1).int().argmax(-1), 0))
+        first.append(torch.where(seen.any(-1), seen.int().argmax(-1), own[rows]))
+        last.append(torch.where(seen.any(-1), n_keys - seen.flip(-1).int().argmax(-1), own[rows]))
     start, stop = torch.cat(first).int(), torch.cat(last).int()
     for valid in (None, read):
         mask = AttentionMask(start if bool(start.any()) else None, stop, n_keys, valid)
