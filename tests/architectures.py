@@ -48,14 +48,15 @@ NATIVE = {
 }  # fmt: skip
 ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
 NO_CACHE = {"KV cache": "native models keep none"}
+TRANSFORMER_LENS_3 = Version(version("transformer-lens")) < Version("4")
+TRANSFORMERS_5_24 = Version(version("transformers")) >= Version("5.24")
 ALIBI_STEPS = (
-    {"cached steps": "TransformerLens 3 gives them a wrong ALiBi", "KV cache": "TransformerLens 3 gives it a wrong ALiBi"}
-    if Version(version("transformer-lens")) < Version("4")
-    else {}
+    dict.fromkeys(("cached steps", "KV cache"), "TransformerLens 3 gives them a wrong ALiBi") if TRANSFORMER_LENS_3 else {}
 )
-NO_BUFFER = (
-    {"forward": "TransformerLens reads a buffer that transformers 5.24 doesn't have"}
-    if Version(version("transformers")) >= Version("5.24")
+NO_BUFFER = {"forward": "TransformerLens reads a buffer that transformers 5.24 doesn't have"} if TRANSFORMERS_5_24 else {}
+NO_CONVOLUTION = (
+    {"forward": "TransformerLens 3 calls a convolution that transformers 5.24 doesn't have"}
+    if TRANSFORMER_LENS_3 and TRANSFORMERS_5_24
     else {}
 )
 BAMBA_POSITIONS = "without position_ids transformers counts them from 0 again"
@@ -242,9 +243,15 @@ FAMILIES: dict[str, Family] = {
     "LFM2-MoE": Family(
         "Lfm2MoeConfig", {**EXPERTS, "layer_types": CONVOLUTIONS, "num_dense_layers": 1}, note="convolutions in other layers"
     ),
-    "Qwen3-Next": Family("Qwen3NextConfig", {**SHARED_EXPERT, **DELTA}, note="delta nets in other layers"),
-    "Qwen3.5": Family("Qwen3_5TextConfig", DELTA, note="delta nets in other layers"),
-    "Qwen3.5-MoE": Family("Qwen3_5MoeTextConfig", {**SHARED_EXPERT, **DELTA}, note="delta nets in other layers"),
+    "Qwen3-Next": Family(
+        "Qwen3NextConfig", {**SHARED_EXPERT, **DELTA}, note="delta nets in other layers", lacks=NO_CONVOLUTION
+    ),
+    "Qwen3.5": Family(
+        "Qwen3_5TextConfig", DELTA, note="delta nets in other layers", lacks=NO_CONVOLUTION
+    ),
+    "Qwen3.5-MoE": Family(
+        "Qwen3_5MoeTextConfig", {**SHARED_EXPERT, **DELTA}, note="delta nets in other layers", lacks=NO_CONVOLUTION
+    ),
     "OLMo hybrid": Family(
         "OlmoHybridConfig", DELTA, note="delta nets in other layers",
         lacks={"generation": "TransformerLens imports a cache class that transformers 5 doesn't have"},

@@ -557,11 +557,11 @@ def test_bridges_equal_the_dense_model(family: Any) -> None:
         patterns[layer] = pattern.clone()
         return pattern
 
-    logits, cache = family.run_with_sparse_cache(text, config=CONFIG)
+    logits, cache = family.run_with_sparse_cache(text, config=replace(CONFIG, k=1))
     with EditedAttention(cache.patterns, 61, on_pattern=note):
         expected = family(text)
     assert close(logits, expected)
-    assert cache.pruned > 0.02  # the own blocks are kept besides, and a window of this size leaves few others
+    assert cache.pruned > 0.1
     assert not cache.fallbacks
     for layer, pattern in cache.patterns.items():
         assert gap(patterns[layer] * pattern.block_layout.to_dense(), pattern.to_dense()) < 1e-4

@@ -26,6 +26,7 @@ from tl_stream.masking import AttentionMask
 from tl_stream.tasks import Span, cwe, in_chat, niah, niah_single_1, vt
 
 CONFIG = StreamConfig(block_q=16, block_k=16, max_dense=0)
+FINE = replace(CONFIG, block_q=8, block_k=8)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def grid(model: Any, tmp_path_factory: pytest.TempPathFactory) -> NeedleGrid:
     path = tmp_path_factory.mktemp("study") / "cells.jsonl"
-    return needle_grid(model, [384, 192], [0.8, 0.2], [1, 10**6], seed=3, config=CONFIG, path=path, progress=False)
+    return needle_grid(model, [384, 192], [0.8, 0.2], [1, 10**6], seed=3, config=FINE, path=path, progress=False)
 
 
 def test_a_full_budget_is_the_dense_model_and_a_poor_one_is_not(grid: NeedleGrid) -> None:
@@ -53,7 +54,7 @@ def test_a_full_budget_is_the_dense_model_and_a_poor_one_is_not(grid: NeedleGrid
     assert (full.needle_retained == 1.0).all()
     assert poor.accuracy_sparse.min() == 0.0
     assert (poor.pruned > 0.8).all()
-    assert poor.needle_retained.between(0.0, 0.92).all()
+    assert poor.needle_retained.between(0.0, 0.9).all()
     assert (grid.accuracy() == 1.0).all()
     assert grid.accuracy("k = 1").shape == (2, 2)
     for cell in grid.cells:

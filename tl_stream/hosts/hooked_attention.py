@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,9 @@ def _capture_scores(
         raise NotImplementedError(
             f"{name_of(original)} takes no product of q and k that could be captured (by matmul or einsum), or makes it dense"
         )
+    given = k.transpose(1, 2)
+    if torch.equal(scores.products.k, given):  # not a copy of it, made to undo the repetition for grouped queries
+        scores.products = replace(scores.products, k=given, versions=())
     return scores
 
 
