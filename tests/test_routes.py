@@ -108,6 +108,7 @@ def test_cut_edges_cut_those_entries(variant: str, config: StreamConfig) -> None
     assert len(set(edges)) == 30
     for layer, head, query, key in edges:
         assert cache.block_layout(layer).to_dense()[0, head, query, key]
+    edges = [edge for edge in edges if edge[2] > edge[3]]  # a row that loses everything is NaN in a dense bridge
     with tl_stream.sparse(model, replace(config, layout_from=cache)):
         cut = model.run_with_hooks(text, fwd_hooks=cut_edges(edges))
 
