@@ -42,8 +42,8 @@ class StreamConfig:
         dense_layers: Layers left dense: the first n (an int), or the given layer indices (a tuple).
         dense_queries: The last so many query rows of each forward pass read everything that the mask allows, in every layer, in
             O(dense_queries T) time and memory: then what decides the next token is exact, given the rest. The other rows are
-            as without. A step of generation is such a row. (In texts padded on the right, so many rows of
-            the one with the most padding, and all later rows of the others.)
+            as without. A step of generation is such a row. (In texts padded on the right, so many rows of the one with the most
+            padding, and all later rows of the others.)
         layout_from: A cache of an earlier run, whose kept blocks this run keeps, too, instead of estimating its own: to
             compare or patch runs on the same blocks. The texts must be of one length.
         decode: What a step of generation (one query, earlier keys in a KV cache) reads: `"sparse"`, the `k` key blocks

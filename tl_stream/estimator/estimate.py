@@ -126,17 +126,17 @@ def _estimator(
         case "dual":
             levels, width = build_levels(problem), config.beam * most
             common = Common.of(problem, most) if width < n_blocks else None
+            beam = limits.beam(config.beam)
 
             def dual(part: Problem, rows: slice, query_pos: Tensor) -> Candidates:
-                beam = limits.beam(rows, config.beam)
                 wanted = None if common is None else common.blocks(part, query_pos, limits.blocks[:, rows])
-                return dual_masses(part, levels, query_pos, beam, wanted, config.leaf_queries, config.compile)
+                return dual_masses(part, levels, query_pos, beam.rows(rows), wanted, config.leaf_queries, config.compile)
 
             return dual, min(2 * width, n_blocks)
         case "stream" | "hip" | "box":
-            levels, score = build_levels(problem), _TREES[name]
+            levels, score, beam = build_levels(problem), _TREES[name], limits.beam(1)
             return (
-                lambda part, rows, query_pos: tree_masses(part, levels, query_pos, limits.beam(rows, 1), score, config.compile)
+                lambda part, rows, query_pos: tree_masses(part, levels, query_pos, beam.rows(rows), score, config.compile)
             ), min(2 * most, n_blocks)
         case "exact":
             return (lambda part, rows, query_pos: exact_masses(part, query_pos)), n_blocks

@@ -55,6 +55,10 @@ class Beam(NamedTuple):
     most: int
     start: int
 
+    def rows(self, rows: slice) -> Beam:
+        """That of some query blocks."""
+        return self._replace(number=self.number[:, rows])
+
     def times(self, factor: int) -> Beam:
         """A multiple of it, for the leaves."""
         return self._replace(number=factor * self.number, least=factor * self.least, most=factor * self.most)

@@ -35,11 +35,11 @@ class Limits:
         shares = [math.inf if each.share is None else each.share for each in budgets]
         self.shares: Float[Tensor, "head_index 1 1"] = torch.tensor(shares, device=device)[:, None, None]
 
-    def beam(self, rows: slice, multiple: int) -> Beam:
+    def beam(self, multiple: int) -> Beam:
         """As many tree nodes as blocks, or a multiple of that: by the position, so that a longer text finds the same."""
         least = [multiple * min(numbers) for numbers in zip(*self.by_number.values(), strict=True)]
         start = max((-(-n // (2 * width)) - 1).bit_length() for n, width in enumerate(least) if n)
-        return Beam(multiple * self.blocks[:, rows, None], min(least[1:]), multiple * self.most, start)
+        return Beam(multiple * self.blocks[..., None], min(least[1:]), multiple * self.most, start)
 
 
 def keep_most(

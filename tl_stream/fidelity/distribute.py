@@ -120,6 +120,6 @@ def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Fl
         limits = Limits(part.problem, [Constant(at_most)] * layout.n_heads)
         for *_, shares in block_shares(part.problem, config, limits):
             ranked = shares.clamp(min=0).topk(min(at_most, shares.shape[-1])).values
-            held += pad(ranked, (0, at_most - ranked.shape[-1])).sum((0, 2)).to(held)
+            held = held + pad(ranked, (0, at_most - ranked.shape[-1])).sum((0, 2))
         n_rows += part.problem.shape[0] * part.problem.shape[2]
     return held / n_rows
