@@ -23,10 +23,11 @@ from tl_stream.hosts.overrides import Overrides, standing
 from tl_stream.hosts.own_code import is_own
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Scale, Tanh
+from tl_stream.tensors.capture import CaptureProduct
 from tl_stream.tensors.dense_mask import mask_of
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.products import Origin, Products
-from tl_stream.tensors.scores import AttentionScores, CaptureProduct
+from tl_stream.tensors.scores import AttentionScores
 
 STEPS = ("_apply_reconstruct_attention_mask", "_masked_softmax")
 

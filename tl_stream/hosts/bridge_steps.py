@@ -17,8 +17,9 @@ from tl_stream.hosts.hf_interfaces import implementation_of, make_mask, mask_fun
 from tl_stream.hosts.overrides import Overrides, standing
 from tl_stream.hosts.own_code import TRIED, is_own, why_not_followed
 from tl_stream.masking import AttentionMask
+from tl_stream.tensors.capture import CaptureProduct
 from tl_stream.tensors.products import Origin, Products
-from tl_stream.tensors.scores import AttentionScores, CaptureProduct
+from tl_stream.tensors.scores import AttentionScores
 
 
 def why_not_steps(attn: Any, n_heads: int, kv_heads: int) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,9 +23,10 @@ from tl_stream.hosts.overrides import Overrides, standing
 from tl_stream.hosts.own_code import TRIED, is_own, mentions, name_of, why_not_followed
 from tl_stream.masking import AttentionMask
 from tl_stream.tensors.alibi import AlibiBias
+from tl_stream.tensors.capture import CaptureProduct
 from tl_stream.tensors.mask_tensor import MaskTensor
 from tl_stream.tensors.products import Origin
-from tl_stream.tensors.scores import AttentionScores, CaptureProduct
+from tl_stream.tensors.scores import AttentionScores
 
 _ANY_LENGTH = 2**20
 _STEPS = ("calculate_attention_scores", "apply_causal_mask", "_make_causal_mask")
@@ -66,7 +66,7 @@ def _capture_scores(
     attn: AbstractAttention, origin_of: Callable[[], Origin], original: Callable[..., Tensor], q: Tensor, k: Tensor
 ) -> Tensor:
     """The method that stands there, with q . k^T noted."""
-    capture = CaptureProduct(origin_of(), attn.cfg.n_heads, k.shape[2])
+    capture = CaptureProduct(origin_of(), attn.cfg.n_heads, k.shape[2], keys=k.transpose(1, 2))
     try:
         with capture:
             scores = original(q, k)
@@ -76,9 +76,6 @@ def _capture_scores(
         raise NotImplementedError(
             f"{name_of(original)} takes no product of q and k that could be captured (by matmul or einsum), or makes it dense"
         )
-    given = k.transpose(1, 2)
-    if torch.equal(scores.products.k, given):  # not a copy of it, made to undo the repetition for grouped queries
-        scores.products = replace(scores.products, k=given, versions=())
     return scores
 
 
