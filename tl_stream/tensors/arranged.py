@@ -21,7 +21,7 @@ from tl_stream.tensors.indexing import MAX_WINDOW, Picked
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.joined_entries import JoinedEntries
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
-from tl_stream.tensors.products import Origin
+from tl_stream.tensors.of_parts import TensorOfBase
 from tl_stream.tensors.slice_view import SliceView
 from tl_stream.tensors.wrapper import SparseTensor
 
@@ -31,12 +31,10 @@ REARRANGING = {
 }  # fmt: skip
 
 
-class ArrangedTensor(SparseTensor):
+class ArrangedTensor(TensorOfBase):
     """See the module. `base` is sparse by blocks, or a stack of such tensors."""
 
     rank = 2
-    base: SparseTensor
-    arrangement: Arrangement
 
     @staticmethod
     def __new__(cls, base: SparseTensor, arrangement: Arrangement) -> ArrangedTensor:
@@ -59,14 +57,6 @@ class ArrangedTensor(SparseTensor):
         elif (reduced := reduction(name, args, kwargs)) is not None and args[0] is leader:
             result = _reduce(leader, name, func, *reduced)
         return make_dense(name, func, args, kwargs) if result is NotImplemented else result
-
-    @property
-    def origin(self) -> Origin:
-        return self.base.origin
-
-    @property
-    def version(self) -> int:
-        return self.base.version
 
     def to_dense(self) -> Tensor:  # type: ignore[override]
         return self.arrangement.apply(self.base.to_dense())
@@ -105,9 +95,6 @@ class ArrangedTensor(SparseTensor):
             return NotImplemented
         result = self.base.grouped(rows, keys, how)
         return result if result is NotImplemented else _shown(result, groups)
-
-    def stored_tensors(self) -> list[Tensor]:
-        return self.base.stored_tensors()
 
     def __copy__(self) -> ArrangedTensor:
         return ArrangedTensor(copy(self.base), self.arrangement)

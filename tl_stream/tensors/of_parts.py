@@ -1,4 +1,4 @@
-"""`TensorOfParts`: what stacked and joined tensors have in common."""
+"""`TensorOfParts`, what stacked and joined tensors have in common; `TensorOfBase`, what arranged and split ones have."""
 
 from __future__ import annotations
 
@@ -8,8 +8,32 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_stream.tensors.arrangement import Arrangement
 from tl_stream.tensors.products import Origin
 from tl_stream.tensors.wrapper import SparseTensor
+
+
+class TensorOfBase(SparseTensor):
+    """Another sparse tensor, shown otherwise.
+
+    Attributes:
+        base: That tensor.
+        arrangement: How its dimensions, or pieces of them, are shown.
+    """
+
+    base: SparseTensor
+    arrangement: Arrangement
+
+    @property
+    def origin(self) -> Origin:
+        return self.base.origin
+
+    @property
+    def version(self) -> int:
+        return self.base.version
+
+    def stored_tensors(self) -> list[Tensor]:
+        return self.base.stored_tensors()
 
 
 class TensorOfParts(SparseTensor):

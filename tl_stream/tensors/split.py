@@ -20,26 +20,23 @@ from tl_stream.tensors.arrangement import Arrangement
 from tl_stream.tensors.densify import flatten, make_dense
 from tl_stream.tensors.groups import Groups
 from tl_stream.tensors.names import CONVERSIONS, is_in_place, normalised, reduction
-from tl_stream.tensors.products import Origin
+from tl_stream.tensors.of_parts import TensorOfBase
 from tl_stream.tensors.stacked import StackedTensor
 from tl_stream.tensors.wrapper import SparseTensor
 
 Sizes = tuple[tuple[int, ...], ...]
 
 
-class SplitTensor(SparseTensor):
+class SplitTensor(TensorOfBase):
     """See the module.
 
     Attributes:
-        base: The tensor that is cut, query and key last.
-        sizes: Into what each of its dimensions is cut; those before the last two stay whole.
-        arrangement: How the pieces of all dimensions, counted through, are shown.
+        sizes: Into what each dimension of `base` (query and key last) is cut; those before the last two stay whole.
+            `arrangement` shows the pieces of all dimensions, counted through.
     """
 
     rank = 4
-    base: SparseTensor
     sizes: Sizes
-    arrangement: Arrangement
 
     @staticmethod
     def __new__(cls, base: SparseTensor, sizes: Sizes, arrangement: Arrangement) -> SplitTensor:
@@ -63,19 +60,8 @@ class SplitTensor(SparseTensor):
             result = _reduce(leader, name, func, *reduced)
         return make_dense(name, func, args, kwargs) if result is NotImplemented else result
 
-    @property
-    def origin(self) -> Origin:
-        return self.base.origin
-
-    @property
-    def version(self) -> int:
-        return self.base.version
-
     def to_dense(self) -> Tensor:  # type: ignore[override]
         return self.arrangement.apply(self.base.to_dense().reshape(self.arrangement.own))
-
-    def stored_tensors(self) -> list[Tensor]:
-        return self.base.stored_tensors()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SplitTensor(shape={tuple(self.shape)}, sizes={self.sizes}, of={self.base!r})"
