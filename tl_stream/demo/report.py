@@ -73,7 +73,8 @@ def _run_section(result: DemoResult, cache: SparseActivationCache, needle: str) 
     return Section(
         "The run",
         f"The needle: “{needle}” The model was asked for its number, once with full attention and once with Stream "
-        f"keeping {config.k} blocks of {config.block_k} keys for each {config.block_q} queries and head.",
+        f"choosing {config.k} blocks of {config.block_k} keys for each {config.block_q} queries and head, and keeping the "
+        "queries' own.",
         [("Figure", "Value"), *figures(result)],
     )
 
