@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tl_stream.estimator.problem import Problem, block_masses
 
@@ -97,9 +96,12 @@ def _by_place_and_distance(
     problem: Problem, query_pos: Tensor, n_blocks: int
 ) -> Float[Tensor, "batch head_index sample two_n_blocks"]:
     """Each query's attention to each key block, then to each distance; 0 for the first and the own block."""
-    blocks, readable = problem.readable_blocks()
+    blocks, readable = problem.blocks_in_reach()
     kept_anyway = (blocks == problem.sink) | (blocks == problem.diagonal)
-    at_place = block_masses(problem, query_pos, None, readable).masked_fill(kept_anyway, 0.0)
-    distance = problem.diagonal - blocks  # of each block; and, read the other way, the block at each distance
-    at_distance = at_place.gather(-1, distance.clamp(min=0)).masked_fill(distance < 0, 0.0)
-    return torch.cat([pad(x, (0, n_blocks - x.shape[-1])) for x in (at_place, at_distance)], -1)
+    every = blocks.shape[-1] == problem.keys.shape[2]
+    masses = block_masses(problem, query_pos, None if every else blocks, readable).masked_fill(kept_anyway, 0.0)
+    distance = problem.diagonal - blocks
+    none = masses.new_zeros(*masses.shape[:3], n_blocks)
+    at_place = none.scatter_add(-1, blocks, masses)
+    at_distance = none.scatter_add(-1, distance.clamp(min=0), masses.masked_fill(distance < 0, 0.0))
+    return torch.cat([at_place, at_distance], -1)

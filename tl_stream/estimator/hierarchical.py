@@ -47,13 +47,15 @@ class Beam(NamedTuple):
         number: By each query block, `[head_index, q_block, 1]`.
         least: The least of these in any text, at any position.
         most: The most of them.
-        start: Level from which on no query block can have more than twice as many nodes before it.
+        start: Level from which on no query block has more than twice as many nodes to read.
+        span: The most key blocks that a query block may read.
     """
 
     number: Int[Tensor, "head_index q_block 1"]
     least: int
     most: int
     start: int
+    span: int
 
     def rows(self, rows: slice) -> Beam:
         """That of some query blocks."""
@@ -137,10 +139,16 @@ def _refine(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ..
 
 
 def _start(problem: Problem, levels: list[Level], beam: Beam) -> Nodes:
-    """All nodes of the finest level of which every query block may keep half of those before it."""
+    """All that it may read of the finest level of which every query block may keep half: under a window, those within it."""
     level = min(beam.start, len(levels) - 1)
-    index = torch.arange(levels[level].n_keys.shape[1], device=problem.keys.device).expand(*problem.shape, -1)
-    return Nodes(index, _in_range(problem, levels[level], level, index), level, every=True)
+    n_nodes, size = levels[level].n_keys.shape[1], problem.block_k << level
+    within = (beam.span - 1 >> level) + 2  # a window may begin and end amid a node
+    index = torch.arange(min(within, n_nodes), device=problem.keys.device).expand(*problem.shape, -1)
+    if within >= n_nodes:
+        return Nodes(index, _in_range(problem, levels[level], level, index), level, every=True)
+    index = index + problem.first_key[:, None] // size
+    inside, index = index < n_nodes, index.clamp(max=n_nodes - 1)
+    return Nodes(index, _in_range(problem, levels[level], level, index) & inside, level)
 
 
 def _children(problem: Problem, levels: list[Level], nodes: Nodes) -> Nodes:

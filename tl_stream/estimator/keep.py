@@ -20,6 +20,7 @@ class Limits:
 
     Attributes:
         most: Most blocks that any query block may keep by its budget.
+        span: Most key blocks that any query block may read.
         own: Most key blocks in which the queries of one block stand themselves, which are kept beside the budget's.
         blocks: Most blocks that each query block may keep, `[head_index, q_block]`.
         shares: Share of attention at which a row has enough, `[head_index, 1, 1]`; infinite: never.
@@ -27,6 +28,7 @@ class Limits:
 
     def __init__(self, problem: Problem, budgets: list[Budget]) -> None:
         n_blocks, device = problem.keys.shape[2], problem.keys.device
+        self.span = problem.span
         self.by_number = {each: [each.blocks(n) for n in range(n_blocks + 1)] for each in set(budgets)}
         self.most = max(numbers[-1] for numbers in self.by_number.values())
         self.own = _most_own(problem)
@@ -38,8 +40,8 @@ class Limits:
     def beam(self, multiple: int) -> Beam:
         """As many tree nodes as blocks, or a multiple of that: by the position, so that a longer text finds the same."""
         least = [multiple * min(numbers) for numbers in zip(*self.by_number.values(), strict=True)]
-        start = max((-(-n // (2 * width)) - 1).bit_length() for n, width in enumerate(least) if n)
-        return Beam(multiple * self.blocks[..., None], min(least[1:]), multiple * self.most, start)
+        start = max((-(-n // (2 * width)) - 1).bit_length() for n, width in enumerate(least[: self.span + 1]) if n)
+        return Beam(multiple * self.blocks[..., None], min(least[1:]), multiple * self.most, start, self.span)
 
 
 def keep_most(

@@ -106,6 +106,16 @@ class Problem(NamedTuple):
         blocks = torch.arange(self.first_block, self.first_block + self.keys.shape[2], device=self.keys.device)
         return blocks.expand(*self.shape, -1), self.readable(blocks, self.block_k)
 
+    def blocks_in_reach(self) -> tuple[Int[Tensor, "batch head_index q_block kv_block"], Bool[Tensor, "q_block kv_block"]]:
+        """The same; of a text much longer than the window, each query block's own few instead of all key blocks."""
+        blocks, readable = self.readable_blocks()
+        n_blocks = self.keys.shape[2]
+        if 2 * self.span >= n_blocks:  # selecting keys copies them
+            return blocks, readable
+        within = self.first_key[:, None] // self.block_k + torch.arange(self.span, device=blocks.device)
+        blocks = within.clamp(max=n_blocks - 1)
+        return blocks.expand(*self.shape, -1), self.readable(blocks, self.block_k) & (within < n_blocks)
+
     def readable(self, blocks: Tensor, size: int) -> Tensor:
         """Whether blocks of so many keys hold one that some query of the query block may read, padding aside."""
         return (blocks * size < self.last_key[:, None]) & ((blocks + 1) * size > self.first_key[:, None])
@@ -140,6 +150,11 @@ class Problem(NamedTuple):
         """How many key blocks hold a key that some query of the block may read."""
         first, last = self.first_key // self.block_k, (self.last_key - 1) // self.block_k
         return (last - first + 1).clamp(min=0)
+
+    @property
+    def span(self) -> int:
+        """The most key blocks that a query block may read: of a window; else all of them."""
+        return self.keys.shape[2] if self.mask.start is None else int(self.n_readable.max())
 
     def select(self, x: Float[Tensor, "batch kv_head_index node *rest"], nodes: Tensor) -> Tensor:
         """Rows of `x` by query head: `[batch, head_index, q_block, c, *rest]` for nodes `[batch, head_index, q_block, c]`."""
