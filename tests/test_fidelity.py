@@ -15,8 +15,9 @@ from zoo import NEEDS_HOOKED, build, left_padded, tokens
 
 import tl_stream
 from tl_stream import StreamConfig
-from tl_stream.fidelity import HeadFidelity, report
+from tl_stream.fidelity import HeadFidelity
 from tl_stream.fidelity.streamed import ENTRIES
+from tl_stream.hosts import unembedding
 
 CONFIG = StreamConfig(block_q=8, block_k=8, k=2, beam=1, max_dense=0)
 LENGTH = 61
@@ -107,14 +108,37 @@ def test_the_output() -> None:
     assert result.kl_mean > 0.01
 
 
+@pytest.mark.parametrize("family", ["Gemma 2", "Cohere"])
 @torch.no_grad()
-def test_logits_of_the_last_positions_where_all_would_be_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, text = build(), tokens(LENGTH)
-    monkeypatch.setattr(report, "MAX_LOGITS", 2 * model.cfg.d_vocab * 10)
+def test_logits_are_made_some_positions_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model's own code makes them, with a soft cap or a factor, though a user's hook counts on the text's positions."""
+    model, text = families.build(family), families.tokens(LENGTH)
+
+    def cut(resid: Tensor, hook: Any) -> Tensor:
+        resid[:, LENGTH - 5] = 0
+        return resid
+
+    model.add_hook("blocks.1.hook_resid_pre", cut)
+    p, q = (x.log_softmax(-1) for x in (model(text), model.run_with_sparse_cache(text, config=CONFIG)[0]))
+    monkeypatch.setattr(unembedding, "ENTRIES", 14 * model.cfg.d_vocab)
+    shapes = []
+    with model.unembed.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1])):
+        result = tl_stream.fidelity(model, text, CONFIG, new_tokens=0).output
+    assert max(shapes) == 7
+    assert result.kl_mean == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert result.top_1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert torch.equal(model(text).log_softmax(-1), p)
+
+
+@torch.no_grad()
+def test_a_hook_on_the_logits_sees_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = families.build("Llama"), families.tokens(LENGTH)
+    monkeypatch.setattr(unembedding, "ENTRIES", 14 * model.cfg.d_vocab)
     result = tl_stream.fidelity(model, text, CONFIG, new_tokens=0).output
-    p, q = (x[:, -10:].log_softmax(-1) for x in (model(text), model.run_with_sparse_cache(text, config=CONFIG)[0]))
-    assert result.positions == 10
-    assert result.kl_mean == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
+    seen: list[int] = []
+    model.add_hook("unembed.hook_out", lambda x, hook: seen.append(x.shape[1]))
+    assert tl_stream.fidelity(model, text, CONFIG, new_tokens=0).output == result
+    assert max(seen) == LENGTH
 
 
 @torch.no_grad()

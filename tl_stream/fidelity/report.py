@@ -20,8 +20,6 @@ from tl_stream.fidelity.runs import Continuation, Run, dense_config, similarity
 from tl_stream.fidelity.streamed import PatternComparison, compare_patterns
 from tl_stream.hosts import host_of
 
-MAX_LOGITS = 2**28
-
 
 @torch.no_grad()
 def fidelity(
@@ -35,8 +33,7 @@ def fidelity(
 ) -> Fidelity:
     """Compare a sparse run with the dense model: patterns, head outputs, residual streams, logits and generated text.
 
-    Exact, in memory linear in the length; no T x T tensor. Logits are compared at all positions, or at as many of the last ones
-    as make 2^28 numbers a run.
+    Exact, in memory linear in the length: no T x T tensor, and logits of some positions at a time.
 
     Args:
         model: A model that `supports` accepts.
@@ -57,13 +54,12 @@ def fidelity(
     _check(model, text, rows, new_tokens, attention_mask)
     text = text.to(model.cfg.device)
     kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
-    n_logits = min(text.shape[1], max(1, MAX_LOGITS // (len(text) * model.cfg.d_vocab)))
-    dense, sparse = (Run.of(model, text, each, n_logits, **kwargs) for each in (dense_config(config), config))
+    dense, sparse = (Run.of(model, text, each, **kwargs) for each in (dense_config(config), config))
     along = _along(model, text, config, new_tokens) if new_tokens else None
     heads, compared = _heads(dense, sparse, rows)
     counted = torch.ones_like(text) if attention_mask is None else attention_mask.to(text.device)
     said = None if along is None else (along[0].tokens, along[1].tokens)
-    output = compare_outputs(dense.logits, sparse.logits, text[:, -n_logits:], counted[:, -n_logits:].bool(), said)
+    output = compare_outputs(model, dense.final, sparse.final, text, counted.bool(), said)
     return Fidelity(
         tokens=text.shape[1],
         texts=len(text),

@@ -49,10 +49,9 @@ class HeadFidelity:
 
 @dataclass(frozen=True)
 class OutputFidelity:
-    """The models' outputs, over all texts and the last `positions` of each.
+    """The models' outputs, over all positions of all texts.
 
     Attributes:
-        positions: How many positions of each text the logits were compared at.
         kl_mean: KL(dense || sparse) of the next-token distributions, in nats, mean over positions.
         kl_greatest: The worst position's.
         kl_last: The last position's, mean over texts.
@@ -64,7 +63,6 @@ class OutputFidelity:
         new_tokens: How many were generated.
     """
 
-    positions: int
     kl_mean: float
     kl_greatest: float
     kl_last: float
@@ -176,7 +174,7 @@ class Fidelity:
             ("loss, nats a token: dense, sparse", f"{_figure(x.loss_dense)}, {_figure(x.loss_sparse)}"),
             ("generated alike", generated),
         ]
-        return records.table(f"Output, last {x.positions:,} positions", ("measure", "value"), cells)
+        return records.table("Output", ("measure", "value"), cells)
 
 
 def _figure(x: float | None) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from tl_stream.cache import SparseActivationCache
 from tl_stream.config import StreamConfig
+from tl_stream.hosts.unembedding import without_logits
 from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
@@ -44,20 +45,21 @@ class Run:
     """One forward pass.
 
     Attributes:
-        logits: Of the last positions, `[batch, pos, d_vocab]`.
+        final: What the unembedding was given.
         cache: Patterns, head outputs and residual streams.
     """
 
-    logits: Float[Tensor, "batch pos d_vocab"]
+    final: Float[Tensor, "batch pos d_model"]
     cache: SparseActivationCache
 
     @classmethod
-    def of(cls, model: Any, tokens: Int[Tensor, "batch pos"], config: StreamConfig, n_logits: int, **kwargs: Any) -> Run:
+    def of(cls, model: Any, tokens: Int[Tensor, "batch pos"], config: StreamConfig, **kwargs: Any) -> Run:
         """Run the model."""
         kwargs["names_filter"] = lambda name: name.startswith("blocks.") and name.endswith(_POINTS)
-        logits, cache = run_with_sparse_cache(model, tokens, config=config, logits_to_keep=n_logits, **kwargs)
+        with without_logits(model) as given:
+            _, cache = run_with_sparse_cache(model, tokens, config=config, **kwargs)
         assert isinstance(cache, SparseActivationCache)
-        return cls(wide(logits), cache)
+        return cls(given[0], cache)
 
     def z(self, layer: int) -> Float[Tensor, "batch head_index pos d_v"]:
         """Head outputs."""
