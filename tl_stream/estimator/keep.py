@@ -35,6 +35,10 @@ class Limits:
         shares = [math.inf if each.share is None else each.share for each in budgets]
         self.shares: Float[Tensor, "head_index 1 1"] = torch.tensor(shares, device=device)[:, None, None]
 
+    def exceed(self, multiple: int) -> bool:
+        """Whether some query block may have more key blocks to read than this multiple of its budget."""
+        return any(multiple * min(numbers) < n for n, numbers in enumerate(zip(*self.by_number.values(), strict=True)))
+
     def beam(self, multiple: int) -> Beam:
         """As many tree nodes as blocks, or a multiple of that: by the position, so that a longer text finds the same."""
         least = [multiple * min(numbers) for numbers in zip(*self.by_number.values(), strict=True)]

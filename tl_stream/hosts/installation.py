@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tl_stream.config import StreamConfig
+from tl_stream.estimator import Earlier
 from tl_stream.hosts.arguments import without_right_padding
 from tl_stream.hosts.hooks import to_all_tokens
 from tl_stream.hosts.overrides import Overrides
@@ -38,12 +39,14 @@ class Trace:
         dense_layers: The layers that it leaves dense.
         logits_to_keep: How many positions are unembedded, counted from the last; None: all.
         fallbacks: How often an operation unknown to the sparse tensors was made dense, by its name.
+        earlier: What runs that read a KV cache have to know of those before them.
     """
 
     config: StreamConfig
     dense_layers: frozenset[int] = frozenset()
     logits_to_keep: int | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
+    earlier: Earlier = field(default_factory=Earlier)
 
 
 _OPENED: ContextVar[tuple[int, ...]] = ContextVar("tl_stream_opened", default=())  # the contexts that the running code sees
@@ -96,7 +99,7 @@ class Installation:
         """Where the sparse tensors of a layer come from, in a run that is traced."""
         trace = self.trace()
         assert trace is not None
-        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks, self.real)
+        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks, self.real, trace.earlier)
 
     def install(self, host: ModuleType, layers: list[Module]) -> None:
         """Replace what every host replaces, and what this one does."""
@@ -138,6 +141,7 @@ def opened(model: Any, host: ModuleType, trace: Trace) -> Iterator[Trace]:
             _OPENED.set((*_OPENED.get(), number))
         yield trace
     finally:
+        trace.earlier.clear()
         if installation is not None:
             try:
                 _leave(installation, number)
