@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tl_stream.estimator.candidates import best
 from tl_stream.estimator.problem import Problem, block_masses
 from tl_stream.masking import NEVER
 from tl_stream.score_mod import AtRows
@@ -89,18 +90,19 @@ class Common(NamedTuple):
     def of(cls, asked: Asked, number: int) -> Common:
         """The `number` places and distances with the most attention, the first and the own block aside: a tree keeps these."""
         n_blocks = asked.problem.keys.shape[2]
-        best, earlier = [], None
+        held, found, earlier = [], [], None
         for first in range(0, len(asked.rows), PER_OCTAVE):
             masses = _by_place_and_distance(*asked.octave(first), n_blocks)
             so_far = masses.cumsum(2)
             latest = so_far if earlier is None else so_far + earlier[:, :, : masses.shape[2]]
-            best.append(latest.topk(min(number, n_blocks)))
+            number_of_each = torch.arange(2 * n_blocks, device=masses.device).expand(latest.shape)
+            found.append(best(latest, number_of_each, min(number, n_blocks)))
+            held.append(latest.gather(-1, found[-1]))
             # Summed anew, not subtracted: what is left of a difference would depend on how long the text is.
             earlier = pad(masses.flip(2).cumsum(2).flip(2)[:, :, 1:], (0, 0, 0, 1))
-        held, found = (torch.cat(parts, 2) for parts in zip(*best, strict=True))
-        nowhere = held == 0
-        places, moving = (found % n_blocks).masked_fill(nowhere, NEVER), (found >= n_blocks) & ~nowhere
-        return cls(places, moving, torch.tensor(asked.rows, device=found.device))
+        lines, nowhere = torch.cat(found, 2), torch.cat(held, 2) == 0
+        places, moving = (lines % n_blocks).masked_fill(nowhere, NEVER), (lines >= n_blocks) & ~nowhere
+        return cls(places, moving, torch.tensor(asked.rows, device=lines.device))
 
     def blocks(
         self, problem: Problem, query_pos: Int[Tensor, "q_block block_q"], number: Int[Tensor, "head_index q_block"]

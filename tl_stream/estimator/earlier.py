@@ -107,16 +107,15 @@ class Earlier:
         Returns:
             None: The run reads a KV cache that holds other keys than the last run here left.
         """
-        sample = Sample.of(problem)
-        sample = sample.after(self.samples.get((layer, text)), problem)
+        sample = Sample.of(problem).after(self.samples.get((layer, text)), problem)
         if sample is not None:
             self.samples[layer, text] = sample
         elif not self.has_warned:
             self.has_warned = True
             warnings.warn(
-                "A run read a KV cache that the context has not seen filled as it is (from another context, of another text "
-                "than the last one, or less the keys outside a sliding window): its rows may choose other key blocks than a run "
-                "that reads all of the text again, and are another sparse model, in spite of block_q=1.",
+                "A run read a KV cache that this context has not seen filled as it is (it comes from elsewhere, is of another "
+                "text than the last run, or dropped the keys outside a sliding window): in spite of block_q=1 its rows may "
+                "choose other key blocks than in a run that reads all of the text again, and are another sparse model.",
                 stacklevel=2,
             )
         return sample

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tl_stream.estimator.candidates import Candidates
+from tl_stream.estimator.candidates import Candidates, best
 from tl_stream.estimator.compiled import compiled
 from tl_stream.estimator.nodes import Criterion, Groups, Nodes, by_box, by_mean
 from tl_stream.estimator.problem import Problem, block_masses
@@ -178,12 +178,12 @@ def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...]
     for i, criterion in enumerate(criteria):
         shares = criterion.shares(problem, levels[nodes.level], others).masked_fill(on_path, 2.0)
         most, number = beam.part(i, len(criteria))
-        best = shares.masked_fill(taken, -1.0).topk(min(most, shares.shape[-1])).indices
-        within = torch.arange(best.shape[-1], device=best.device) < number
+        first = best(shares.masked_fill(taken, -1.0), nodes.ids, min(most, shares.shape[-1]))
+        within = torch.arange(first.shape[-1], device=first.device) < number
         # Where fewer nodes are left than wanted, this repeats some that were taken: those must count once.
-        fresh.append(~taken.gather(-1, best) & within)
-        chosen.append(best)
-        taken = taken.scatter(-1, best, taken.gather(-1, best) | within)
+        fresh.append(~taken.gather(-1, first) & within)
+        chosen.append(first)
+        taken = taken.scatter(-1, first, taken.gather(-1, first) | within)
     return nodes.take(torch.cat(chosen, -1), torch.cat(fresh, -1))
 
 
