@@ -155,7 +155,7 @@ def test_a_cache_that_is_copied_and_cut_goes_on_as_the_text_it_holds() -> None:
         copied = copy.deepcopy(past)
         for i in range(140, 180):
             model(text[:, i : i + 1], past_key_values=past, use_cache=True)
-        past.crop(150)
+        past.crop(-30)
         for branch, cached, start in ((text, past, 150), (other, copied, 140)):
             with noted(model) as steps:
                 for i in range(start, 180):
@@ -165,7 +165,6 @@ def test_a_cache_that_is_copied_and_cut_goes_on_as_the_text_it_holds() -> None:
             for layer, (full,) in whole[0].items():
                 for i, row in enumerate(steps[0][layer], start):
                     assert torch.equal(full[:, :, i : i + 1, : i + 1], row)
-            by_steps(model, other, valid, [140])
 
 
 @pytest.mark.parametrize("case", ["elsewhere", "another text", "sliding window"])
