@@ -81,7 +81,7 @@ def assert_one(steps: Any, whole: Any, valid: Tensor | None = None, tolerance: f
 
 def by_steps(model: Any, text: Tensor, valid: Tensor, cuts: list[int], past: Any = None) -> Any:
     """A prefill up to the first cut, then runs from cut to cut, all of them reading one KV cache."""
-    if isinstance(model, zoo_hooked()):
+    if type(model).__name__ == "HookedTransformer":
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         past = past or TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", len(text))
@@ -92,14 +92,6 @@ def by_steps(model: Any, text: Tensor, valid: Tensor, cuts: list[int], past: Any
     for start, stop in zip([0, *cuts], cuts, strict=False):
         model(text[:, start:stop], attention_mask=valid[:, :stop].long(), past_key_values=past, use_cache=True)
     return past
-
-
-def zoo_hooked() -> tuple[type, ...]:
-    if not zoo.HAS_HOOKED:
-        return ()
-    from transformer_lens import HookedTransformer
-
-    return (HookedTransformer,)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -209,7 +201,8 @@ RELATIONS = {
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_a_cache_of_a_generation_says_what_it_is_of(relation: str, tmp_path: Any) -> None:
-    model, config = tl_stream.models.load(host="bridge"), RELATIONS[relation]
+    model: Any = tl_stream.models.load(host="bridge")
+    config = RELATIONS[relation]
     prompt = needle(model, 200)
     plain = model.generate(prompt, **OPTIONS, return_cache=True)[1]
     assert not isinstance(plain, SparseActivationCache)
