@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tl_stream import BlockLayout, StreamConfig, estimate_layout
-from tl_stream.budget import Linear
+from tl_stream.budget import Linear, Sqrt
 from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Alibi, Scale, Tanh
 
@@ -203,16 +203,33 @@ def test_causality_of_the_choice_between_blocks(length: int, cut: int) -> None:
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("estimator", ["dual", "stream", "box", "hip"])
-@pytest.mark.parametrize(("block_q", "block_k", "k", "beam"), [(1, 4, 3, 1), (1, 8, 3, 1), (32, 32, 2, 6), (8, 8, 4, 2)])
-def test_strong_keys_in_the_future_change_no_choice(block_q: int, block_k: int, k: int, beam: int, estimator: str) -> None:
+@pytest.mark.parametrize("estimator", ["dual", "stream", "box", "hip", "exact"])
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "k", "beam", "cut"),
+    [(1, 4, 3, 1, 800), (1, 8, 3, 1, 797), (2, 8, 3, 1, 798), (32, 32, 2, 6, 800), (8, 8, 4, 2, 800)],
+)
+def test_strong_keys_in_the_future_change_no_choice(
+    block_q: int, block_k: int, k: int, beam: int, cut: int, estimator: str
+) -> None:
     generator = torch.Generator().manual_seed(1)
     q, keys = 2 * torch.randn(2, 4, 1024, 8, generator=generator), torch.randn(2, 2, 1024, 8, generator=generator)
     config = StreamConfig(block_q=block_q, block_k=block_k, k=k, beam=beam, estimator=estimator)
-    cut = 800
     before = estimate_layout(q, keys, config).to_dense()[:, :, :cut]
     q[:, :, cut:], keys[:, :, cut:] = (20 * torch.randn(x[:, :, cut:].shape, generator=generator) for x in (q, keys))
     assert torch.equal(before, estimate_layout(q, keys, config).to_dense()[:, :, :cut])
+
+
+@pytest.mark.parametrize("k", [3, Sqrt(0.5)], ids=repr)
+@pytest.mark.parametrize("estimator", ["dual", "exact", "stream", "box", "hip", "window", "random"])
+def test_a_longer_text_chooses_the_same_also_among_equals(estimator: str, k: int | Sqrt) -> None:
+    """Scores that a soft-cap has saturated are the same for most keys."""
+    q, keys = queries_and_keys(700, batch=1)
+    mods = (Tanh(), Scale(3.0))
+    config = StreamConfig(block_q=1, block_k=4, k=k, beam=2, estimator=estimator, seed=0)
+    whole = estimate_layout(9 * q, keys, config, score_mods=mods).to_dense()
+    for cut in (301, 599):
+        part = estimate_layout(9 * q[:, :, :cut], keys[:, :, :cut], config, score_mods=mods).to_dense()
+        assert torch.equal(whole[:, :, :cut, :cut], part)
 
 
 def test_a_first_block_outside_the_window_is_not_kept() -> None:

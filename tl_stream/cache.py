@@ -46,6 +46,8 @@ class SparseActivationCache(ActivationCache):
         fallbacks: How often an operation unknown to the sparse tensors was made dense so far, by its name.
         next_tokens: What the run says next at its last positions, and how sure it is of it; the audit's verdict on an answer
             goes by it. None: the run gave no logits.
+        of: What run this is of, where that isn't said by the call that returned it (`generate(return_cache=True)`); None: of
+            the run of that call.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class SparseActivationCache(ActivationCache):
         config: StreamConfig,
         fallbacks: Counter[str] | None = None,
         next_tokens: NextTokens | None = None,
+        of: str | None = None,
     ) -> None:
         super().__init__(cache_dict, model, has_batch_dim)
         self.next_tokens = next_tokens
+        self.of = of
         self.config = config
         self.fallbacks: Counter[str] = Counter() if fallbacks is None else fallbacks
 
@@ -72,7 +76,13 @@ class SparseActivationCache(ActivationCache):
         part = super().apply_slice_to_batch_dim(batch_slice)
         known = None if self.next_tokens is None else self.next_tokens.slice(Slice.unwrap(batch_slice))
         return SparseActivationCache(
-            part.cache_dict, self.model, part.has_batch_dim, config=self.config, fallbacks=self.fallbacks, next_tokens=known
+            part.cache_dict,
+            self.model,
+            part.has_batch_dim,
+            config=self.config,
+            fallbacks=self.fallbacks,
+            next_tokens=known,
+            of=self.of,
         )
 
     @property
@@ -184,6 +194,7 @@ class SparseActivationCache(ActivationCache):
             config=self.config,
             fallbacks=self.fallbacks,
             next_tokens=self.next_tokens,
+            of=self.of,
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -207,6 +218,7 @@ class SparseActivationCache(ActivationCache):
             "activations": {name: packer.pack(tensor) for name, tensor in self.cache_dict.items()},
             "config": self.config.to_json(),
             "has_batch_dim": self.has_batch_dim,
+            "of": self.of,
             "next_tokens": None if self.next_tokens is None else [packer.pack(part) for part in self.next_tokens],
         }
         path = Path(path)
@@ -246,12 +258,14 @@ class SparseActivationCache(ActivationCache):
             config=config,
             fallbacks=fallbacks,
             next_tokens=None if known is None else NextTokens(*map(unpacker.unpack, known)),
+            of=description.get("of"),  # earlier files don't say it
         )
 
     def __repr__(self) -> str:
         pruned = f", pruned={self.pruned:.4f}" if self.patterns else ""
         forward = f", forward={self.config.forward!r}"
-        return f"SparseActivationCache({len(self.cache_dict)} activations, {self.nbytes:,} bytes{pruned}{forward})"
+        of = "" if self.of is None else f"; of {self.of}"
+        return f"SparseActivationCache({len(self.cache_dict)} activations, {self.nbytes:,} bytes{pruned}{forward}{of})"
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -47,7 +47,14 @@ class StreamConfig:
         layout_from: A cache of an earlier run, whose kept blocks this run keeps, too, instead of estimating its own: to
             compare or patch runs on the same blocks. The texts must be of one length.
         decode: What a step of generation (one query, earlier keys in a KV cache) reads: `"sparse"`, the `k` key blocks
-            estimated for it, or `"exact"`, everything.
+            estimated for it, or `"exact"`, everything. Prefill, sparse steps and a run that reads all of the text again are one
+            sparse model with `block_q=1`, under every `estimator` named here: a step chooses as its row does in the re-run
+            (the queries that `"dual"` asks are kept with the context, O(log T) a layer). Not with larger query blocks, whose
+            rows share a choice while a step chooses for itself; nor where steps read everything (`"exact"`, `dense_queries`),
+            nor under an estimator of your own that goes by `query_pos`, which counts from the run's first query. With
+            `block_q=1` a warning says where a KV cache doesn't hold what the context saw: it was filled elsewhere or by
+            another text than the last one, or has dropped the keys outside a sliding window (Gemma, Mistral, GPT-OSS under
+            transformers' default), which moves the borders of the key blocks.
         forward: What the model computes: `"sparse"`, attention over the kept blocks alone, or `"exact"`, full attention
             (streamed: linear memory, quadratic time), of which the kept blocks are a record, with their true probabilities.
             What this says of kept and dropped then means recorded and not recorded; `dense_layers` and `decode="exact"`
@@ -122,6 +129,11 @@ class StreamConfig:
     def budget(self) -> Budget:
         """`k` as a budget."""
         return as_budget(self.k)
+
+    def changed(self) -> str:
+        """The config by what it changes of the defaults: `StreamConfig(k=6)`."""
+        names = (each.name for each in fields(self) if getattr(self, each.name) != each.default)
+        return f"StreamConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def to_json(self) -> dict[str, Any]:
         """All fields as numbers, strings, lists and dicts; an own estimator and `layout_from` are left out."""

@@ -59,8 +59,9 @@ class Bias:
 
     def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         indices = (batch, head, query_pos, key_pos)
-        # Indices past the end belong to the padding of the last block, which the mask drops.
-        inside = [index.clamp(max=size - 1) for index, size in zip(indices, self.bias.shape, strict=True)]
+        # Indices past the end belong to the padding of the last block, which the mask drops; queries of earlier runs, of which
+        # no bias is known, are negative: a bias that varies over queries is the same for all keys, and changes no share.
+        inside = [index.clamp(0, size - 1) for index, size in zip(indices, self.bias.shape, strict=True)]
         return score + self.bias[tuple(inside)].to(score)
 
 
@@ -103,6 +104,22 @@ class FromRow:
 
     def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         return self.mod(score, batch, head, query_pos + self.first, key_pos)
+
+
+@dataclass(frozen=True, eq=False)
+class AtRows:
+    """Another mod, for scores of some queries only.
+
+    Args:
+        mod: The mod, which knows all queries.
+        rows: Position that each query had, `[query_pos]`; negative: in a run before.
+    """
+
+    mod: ScoreMod
+    rows: Int[Tensor, " query_pos"]
+
+    def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+        return self.mod(score, batch, head, self.rows[query_pos], key_pos)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
+from transformer_lens.ActivationCache import ActivationCache
 
 from tl_stream.audit import NextTokens
 from tl_stream.cache import SparseActivationCache
@@ -56,7 +57,7 @@ def _traced(model: Any, config: StreamConfig | None, logits_to_keep: int | None)
     if config.layout_from is not None:
         for layer in host.attention_layers(model).keys() - dense:
             config.layout_from.block_layout(layer)
-    with opened(model, host, Trace(config, dense, logits_to_keep)) as trace:
+    with opened(model, host, Trace(config, dense, logits_to_keep, rerun_cache=_rerun_cache)) as trace:
         yield trace
 
 
@@ -113,6 +114,37 @@ def run_with_sparse_cache(
         fallbacks=trace.fallbacks,
         next_tokens=NextTokens.of(output) if says_logits else None,
     )
+
+
+def _rerun_cache(trace: Trace, output: Any, cache: ActivationCache) -> SparseActivationCache:
+    """The cache of `generate(return_cache=True)`, which says what it is of."""
+    result = SparseActivationCache(
+        cache.cache_dict,
+        cache.model,
+        cache.has_batch_dim,
+        config=trace.config,
+        fallbacks=trace.fallbacks,
+        next_tokens=NextTokens.of(output),
+    )
+    is_whole = bool(result.patterns) and not result.pruned
+    relation = "from which nothing was pruned" if is_whole else _as_to_the_steps(trace)
+    result.of = f"a run of prompt and generated tokens under {trace.config.changed()}, {relation}"
+    return result
+
+
+def _as_to_the_steps(trace: Trace) -> str:
+    """What a run that reads a generated text again has to do with the steps that generated it."""
+    config = trace.config
+    if config.forward == "exact":
+        return "the dense model, as the steps of generation were"
+    if config.decode == "exact" or config.dense_queries:
+        return "another sparse model than the steps of generation, which read everything"
+    if config.block_q > 1:
+        return "another sparse model than the steps of generation, each of which chose its blocks for itself"
+    if trace.earlier.has_warned:
+        return "another sparse model than the steps of generation, which read a KV cache that the context had not seen filled"
+    own = ", if its estimator chooses by places in the text, and not in the run" if callable(config.estimator) else ""
+    return f"the same sparse model as the steps of generation{own}"
 
 
 def register() -> None:

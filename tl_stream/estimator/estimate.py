@@ -13,9 +13,10 @@ from torch import Tensor
 from tl_stream.budget import Budget
 from tl_stream.config import StreamConfig
 from tl_stream.estimator.candidates import Candidates, Estimator
-from tl_stream.estimator.common import Common
+from tl_stream.estimator.common import Asked, Common
+from tl_stream.estimator.earlier import Earlier, Sample
 from tl_stream.estimator.exact import exact_masses
-from tl_stream.estimator.hierarchical import build_levels, dual_masses, tree_masses
+from tl_stream.estimator.hierarchical import build_levels, dual_masses, own_prefixes, tree_masses
 from tl_stream.estimator.keep import Limits, keep_most
 from tl_stream.estimator.nodes import by_box, by_centre, by_mean
 from tl_stream.estimator.problem import Problem
@@ -40,6 +41,7 @@ def estimate_layout(
     scale: float | None = None,
     score_mods: Sequence[ScoreMod] = (),
     layer: int = 0,
+    earlier: Earlier | None = None,
 ) -> BlockLayout:
     """Choose the key blocks that each query block reads most, as many as the budget `config.k` allows.
 
@@ -51,6 +53,8 @@ def estimate_layout(
         scale: Factor on q . k; None: `d_head ** -0.5`.
         score_mods: What the model does to the scaled scores before the softmax.
         layer: Whose q and k these are, for a `PerHead` budget.
+        earlier: With `block_q=1`, the runs before this one, whose keys are the first of `k`: then the rows choose as they do
+            where all queries are given. This run is noted, too. None: nothing is known of earlier queries.
 
     Returns:
         A layout of at most that many key blocks a query block; a full one where the budget covers every key block.
@@ -65,39 +69,47 @@ def estimate_layout(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     budgets = [config.budget.of_head(layer, head) for head in range(q.shape[1])]
     full = BlockLayout.full(mask, block_q, block_k, q.shape[0], q.shape[1])
-    if all(each.blocks(full.n_kv_blocks) == full.n_kv_blocks and each.share is None for each in budgets):
+    is_full = all(each.blocks(full.n_kv_blocks) == full.n_kv_blocks and each.share is None for each in budgets)
+    if is_full and earlier is None:
         return full
-    parts = [
-        (part, *_kept(part.problem, config, budgets)) for part in cut_padding(q, k, mask, block_q, block_k, scale, score_mods)
-    ]
+    parts = []
+    for part in cut_padding(q, k, mask, block_q, block_k, scale, score_mods):
+        sample = None if earlier is None else earlier.of(part.problem, layer, part.text)
+        if not is_full:
+            parts.append((part, *_kept(part.problem, config, budgets, sample)))
+    if is_full:
+        return full
     indices, number = parts[0][1:] if mask.tokens is None else put_back(parts, full)
     if config.budget.needs_shares or mask.tokens is not None:  # then most rows may have fewer blocks than allowed
         indices = indices[..., : max(int(number.max()), 1)]
     return replace(full, kv_indices=indices, kv_num_blocks=number)
 
 
-def _kept(problem: Problem, config: StreamConfig, budgets: list[Budget]) -> tuple[Tensor, Tensor]:
+def _kept(problem: Problem, config: StreamConfig, budgets: list[Budget], sample: Sample | None) -> tuple[Tensor, Tensor]:
     """Kept blocks `[batch, head_index, q_block, slot]`, and how many of them count."""
     limits = Limits(problem, budgets)
-    chunks = [keep_most(*run, limits, config) for run in block_shares(problem, config, limits)]
+    chunks = [keep_most(*run, limits, config) for run in block_shares(problem, config, limits, sample)]
     indices, number = (torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
     return indices, number
 
 
-def block_shares(problem: Problem, config: StreamConfig, limits: Limits) -> Iterator[tuple[Problem, slice, Tensor, Tensor]]:
+def block_shares(
+    problem: Problem, config: StreamConfig, limits: Limits, sample: Sample | None = None
+) -> Iterator[tuple[Problem, slice, Tensor, Tensor]]:
     """Candidate key blocks and the share of attention that the configured estimator reckons each to hold, run by run.
 
     Args:
         problem: All queries and keys.
         config: The estimator.
         limits: How many blocks are wanted.
+        sample: The text's earlier queries, and the problem's own; None: there are none, or they aren't known.
 
     Yields:
         The problem for a run of query blocks, which ones these are, candidates, and shares; negative where one doesn't count.
     """
     positions = torch.arange(problem.shape[2] * problem.block_q, device=problem.keys.device).view(-1, problem.block_q)
     for name, first, last in _by_estimator(problem, config):
-        estimate, candidates = _estimator(problem, name, config, limits)
+        estimate, candidates = _estimator(problem, name, config, limits, sample)
         for start, stop in problem.runs(candidates * 3 * problem.keys.shape[-1], first, last):
             part, rows = problem.slice(start, stop), slice(start, stop)
             yield part, rows, *_checked(part, *estimate(part, rows, positions[rows]))
@@ -118,14 +130,14 @@ def _by_estimator(problem: Problem, config: StreamConfig) -> Iterator[tuple[str 
 
 
 def _estimator(
-    problem: Problem, name: str | Estimator, config: StreamConfig, limits: Limits
+    problem: Problem, name: str | Estimator, config: StreamConfig, limits: Limits, sample: Sample | None
 ) -> tuple[Callable[[Problem, slice, Tensor], Candidates], int]:
     """The estimator as a function of some query blocks, and how many candidates a row it scores at most."""
     n_blocks, most = problem.keys.shape[2], limits.most
     match name:
         case "dual":
             levels, width = build_levels(problem), config.beam * most
-            common = Common.of(problem, most) if width < n_blocks else None
+            common = _in_common(problem, most, sample) if limits.exceed(config.beam) else None
             beam = limits.beam(config.beam)
 
             def dual(part: Problem, rows: slice, query_pos: Tensor) -> Candidates:
@@ -135,19 +147,26 @@ def _estimator(
             return dual, min(2 * width, n_blocks)
         case "stream" | "hip" | "box":
             levels, score, beam = build_levels(problem), _TREES[name], limits.beam(1)
-            return (
-                lambda part, rows, query_pos: tree_masses(part, levels, query_pos, beam.rows(rows), score, config.compile)
-            ), min(2 * most, n_blocks)
+            prefixes = None if name == "hip" else own_prefixes(problem)  # a centre key is never one of the future
+
+            def tree(part: Problem, rows: slice, query_pos: Tensor) -> Candidates:
+                return tree_masses(part, levels, query_pos, beam.rows(rows), score, prefixes, config.compile)
+
+            return tree, min(2 * most, n_blocks)
         case "exact":
             return (lambda part, rows, query_pos: exact_masses(part, query_pos)), n_blocks
         case "window":
             return (lambda part, rows, query_pos: window_masses(part, most)), most
         case "random":
-            generator = torch.Generator().manual_seed(config.seed or 0)
-            return (lambda part, rows, query_pos: random_masses(part, generator)), n_blocks
+            return (lambda part, rows, query_pos: random_masses(part, config.seed or 0)), n_blocks
         case own:
             assert callable(own)
             return (lambda part, rows, query_pos: own(part, query_pos)), n_blocks
+
+
+def _in_common(problem: Problem, number: int, sample: Sample | None) -> Common:
+    """What the head's queries have in common."""
+    return Common.of(Asked.of(problem), number) if sample is None else sample.in_common(problem, number)
 
 
 def _checked(problem: Problem, blocks: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:

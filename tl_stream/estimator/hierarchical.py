@@ -7,8 +7,9 @@ After Stream (Rosser et al. 2025, section 3) and HiP (arXiv:2406.09827):
 2. A query block is represented by its mean query.                                                     O(T d)
 3. Beam of W nodes (as many as the query block's position allows it), starting at the finest level with at most 2 W of them.
    Each step drops the nodes that lie wholly outside what the mask allows, keeps the W best, and takes their children. The
-   ancestors of the block's own leaf and of the first leaf are always kept: the one's statistics contain future keys, the
-   other is the attention sink.                                                               O(T / b_q * W d log T)
+   ancestors of the block's own leaf and of the first leaf are always kept: the one's statistics contain future keys (the
+   leaf itself is scored by its keys up to the query block's end), the other is the attention sink.
+                                                                                              O(T / b_q * W d log T)
 
 `tree_masses` is that, with W = k and one score a node: what was published. `dual_masses` keeps far more of the attention at the
 same budget, by these changes:
@@ -27,15 +28,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tl_stream.estimator.candidates import Candidates
+from tl_stream.estimator.candidates import Candidates, best
 from tl_stream.estimator.compiled import compiled
 from tl_stream.estimator.nodes import Criterion, Groups, Nodes, by_box, by_mean
 from tl_stream.estimator.problem import Problem, block_masses
-from tl_stream.estimator.pyramid import Level, build_pyramid
+from tl_stream.estimator.pyramid import Level, build_prefixes, build_pyramid
 
 NEIGHBOURS = 2  # queries that are taken together
 
@@ -72,12 +73,22 @@ class Beam(NamedTuple):
 
 def build_levels(problem: Problem) -> list[Level]:
     """The key pyramid of a problem, padding left out."""
+    return build_pyramid(problem.keys, _valid(problem))
+
+
+def own_prefixes(problem: Problem) -> Level:
+    """What is known of each query's own key block by its keys up to the query."""
+    return build_prefixes(problem.keys, _valid(problem))
+
+
+def _valid(problem: Problem) -> Bool[Tensor, "batch kv_block block_k"]:
+    """False for keys that are padding, or past the end."""
     n_blocks, block_k = problem.keys.shape[2:4]
     positions = torch.arange(n_blocks * block_k, device=problem.keys.device)
     valid = (positions < problem.mask.key_length)[None]
     if problem.mask.key_valid is not None:
         valid = valid & problem.mask.key_valid[:, positions.clamp(max=problem.mask.key_length - 1)]
-    return build_pyramid(problem.keys, valid.expand(problem.keys.shape[0], -1).unflatten(1, (n_blocks, block_k)))
+    return valid.expand(problem.keys.shape[0], -1).unflatten(1, (n_blocks, block_k))
 
 
 def dual_masses(
@@ -115,15 +126,16 @@ def tree_masses(
     query_pos: Int[Tensor, "q_block block_q"],
     beam: Beam,
     score: Callable[[Problem, Level, Groups, Nodes], Tensor],
+    prefixes: Level | None,
     compile: bool,
 ) -> Candidates:
     """Candidate key blocks and their shares of attention, were each key's score its leaf's; negative as above.
 
     Args:
         problem, levels, query_pos, beam, compile: As `dual_masses` takes them.
-        score: How nodes are scored (`Criterion`).
+        score, prefixes: How nodes are scored (`Criterion`).
     """
-    criterion = Criterion(score, Groups.of(problem, query_pos, problem.block_q))
+    criterion = Criterion(score, Groups.of(problem, query_pos, problem.block_q), prefixes)
     run = compiled(_refine) if compile else _refine
     leaves = run(problem, levels, (criterion,), beam, beam.times(2))
     return leaves.ids, criterion.shares(problem, levels[0], leaves).masked_fill(~leaves.used, -1.0)
@@ -174,12 +186,12 @@ def _best(problem: Problem, levels: list[Level], criteria: tuple[Criterion, ...]
     for i, criterion in enumerate(criteria):
         shares = criterion.shares(problem, levels[nodes.level], others).masked_fill(on_path, 2.0)
         most, number = beam.part(i, len(criteria))
-        best = shares.masked_fill(taken, -1.0).topk(min(most, shares.shape[-1])).indices
-        within = torch.arange(best.shape[-1], device=best.device) < number
+        first = best(shares.masked_fill(taken, -1.0), nodes.ids, min(most, shares.shape[-1]))
+        within = torch.arange(first.shape[-1], device=first.device) < number
         # Where fewer nodes are left than wanted, this repeats some that were taken: those must count once.
-        fresh.append(~taken.gather(-1, best) & within)
-        chosen.append(best)
-        taken = taken.scatter(-1, best, taken.gather(-1, best) | within)
+        fresh.append(~taken.gather(-1, first) & within)
+        chosen.append(first)
+        taken = taken.scatter(-1, first, taken.gather(-1, first) | within)
     return nodes.take(torch.cat(chosen, -1), torch.cat(fresh, -1))
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from tl_stream.budget import Budget
 from tl_stream.config import StreamConfig
+from tl_stream.estimator.candidates import best
 from tl_stream.estimator.hierarchical import Beam
 from tl_stream.estimator.problem import Problem
 
@@ -36,6 +37,10 @@ class Limits:
         self.blocks: Int[Tensor, "head_index q_block"] = torch.stack([allowed[each] for each in budgets])
         shares = [math.inf if each.share is None else each.share for each in budgets]
         self.shares: Float[Tensor, "head_index 1 1"] = torch.tensor(shares, device=device)[:, None, None]
+
+    def exceed(self, multiple: int) -> bool:
+        """Whether some query block may have more key blocks to read than this multiple of its budget."""
+        return any(multiple * min(numbers) < n for n, numbers in enumerate(zip(*self.by_number.values(), strict=True)))
 
     def beam(self, multiple: int) -> Beam:
         """As many tree nodes as blocks, or a multiple of that: by the position, so that a longer text finds the same."""
@@ -63,10 +68,11 @@ def keep_most(
     """
     forced = (blocks == problem.sink) & (masses >= 0) if config.keep_sink else torch.zeros_like(masses, dtype=torch.bool)
     # 2 exceeds any share of attention, so that what must be kept comes first.
-    best = masses.masked_fill(forced, 2.0).topk(min(limits.most, masses.shape[-1])).indices
-    forced, masses, blocks = (x.gather(-1, best) for x in (forced, masses, blocks.expand(masses.shape)))
+    blocks = blocks.expand(masses.shape)
+    first = best(masses.masked_fill(forced, 2.0), blocks, min(limits.most, masses.shape[-1]))
+    forced, masses, blocks = (x.gather(-1, first) for x in (forced, masses, blocks))
     so_far = masses.clamp(min=0).cumsum(-1) - masses.clamp(min=0)
-    rank = torch.arange(best.shape[-1], device=best.device)
+    rank = torch.arange(first.shape[-1], device=first.device)
     used = (rank < limits.blocks[:, rows, None]) & (so_far < limits.shares) & (masses >= 0) | forced
     own, is_own = _own_blocks(problem, limits.own)
     used = used & ~((blocks >= own[:, :1]) & (blocks <= problem.diagonal))  # these are added, all of them

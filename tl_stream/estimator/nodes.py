@@ -60,14 +60,27 @@ class Groups(NamedTuple):
 
 
 class Criterion(NamedTuple):
-    """One way to score nodes: `score(problem, nodes_of, groups, nodes)`, `[batch, head_index, q_block, group, node]`."""
+    """One way to score nodes.
+
+    Attributes:
+        score: `score(problem, nodes_of, groups, nodes)`, `[batch, head_index, q_block, group, node]`.
+        groups: The queries.
+        prefixes: What `build_prefixes` gives, by which each query block's own leaf is scored: of the whole leaf, the future,
+            too, would be known. None: by the whole leaf, where no score of it counts, or which no statistics describe.
+    """
 
     score: Callable[[Problem, Level, Groups, Nodes], Tensor]
     groups: Groups
+    prefixes: Level | None = None
 
     def shares(self, problem: Problem, nodes_of: Level, nodes: Nodes) -> Float[Tensor, "batch head_index q_block node"]:
         """The share of attention that each node gets (softmax over the nodes that count), in the mean over the queries."""
-        scores = self.score(problem, nodes_of, self.groups, nodes).masked_fill(~nodes.used[:, :, :, None], -torch.inf)
+        scores = self.score(problem, nodes_of, self.groups, nodes)
+        if self.prefixes is not None and nodes.level == 0:
+            last = (problem.last_key - 1).clamp(min=0)[:, None].expand(*problem.shape, 1)
+            own = self.score(problem, self.prefixes, self.groups, Nodes(last, last >= 0, 0))
+            scores = torch.where((nodes.ids == problem.diagonal)[:, :, :, None], own, scores)
+        scores = scores.masked_fill(~nodes.used[:, :, :, None], -torch.inf)
         return (scores.softmax(-1).nan_to_num(0.0) * self.groups.weight).sum(3)
 
 

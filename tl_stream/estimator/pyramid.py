@@ -56,3 +56,21 @@ def build_pyramid(
             return levels
         total, count = total.unflatten(2, (-1, 2)).sum(3), count.unflatten(1, (-1, 2)).sum(2)
         low, high = low.unflatten(2, (-1, 2)).amin(3), high.unflatten(2, (-1, 2)).amax(3)
+
+
+def build_prefixes(
+    keys: Float[Tensor, "batch kv_head_index block block_k d_head"], valid: Bool[Tensor, "batch block block_k"]
+) -> Level:
+    """What is known of a key block by those of its keys that come no later than position i, as node i. O(T d_head) time.
+
+    Args:
+        keys, valid: As `build_pyramid` takes them.
+    """
+    inside = valid[:, None, :, :, None]
+    count = valid.cumsum(-1).flatten(1)
+    empty = (count == 0)[:, None, :, None]
+    total = (keys * inside).cumsum(3).flatten(2, 3)
+    high = keys.masked_fill(~inside, -torch.inf).cummax(3).values.flatten(2, 3)
+    low = keys.masked_fill(~inside, torch.inf).cummin(3).values.flatten(2, 3)
+    mean = total / count.clamp(min=1)[:, None, :, None]
+    return Level(mean, torch.cat([high, low], -1).masked_fill(empty, 0), count)

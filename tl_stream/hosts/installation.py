@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tl_stream.config import StreamConfig
+from tl_stream.estimator import Earlier
 from tl_stream.hosts.arguments import without_right_padding
 from tl_stream.hosts.hooks import to_all_tokens
 from tl_stream.hosts.overrides import Overrides
@@ -38,12 +39,16 @@ class Trace:
         dense_layers: The layers that it leaves dense.
         logits_to_keep: How many positions are unembedded, counted from the last; None: all.
         fallbacks: How often an operation unknown to the sparse tensors was made dense, by its name.
+        earlier: What runs that read a KV cache have to know of those before them.
+        rerun_cache: What `generate(return_cache=True)` returns of its last run, by the trace, that run's output and its cache.
     """
 
     config: StreamConfig
     dense_layers: frozenset[int] = frozenset()
     logits_to_keep: int | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
+    earlier: Earlier = field(default_factory=Earlier)
+    rerun_cache: Callable[[Trace, Any, Any], Any] = field(default=lambda trace, output, cache: cache, repr=False)
 
 
 _OPENED: ContextVar[tuple[int, ...]] = ContextVar("tl_stream_opened", default=())  # the contexts that the running code sees
@@ -96,7 +101,7 @@ class Installation:
         """Where the sparse tensors of a layer come from, in a run that is traced."""
         trace = self.trace()
         assert trace is not None
-        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks, self.real)
+        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks, self.real, trace.earlier)
 
     def install(self, host: ModuleType, layers: list[Module]) -> None:
         """Replace what every host replaces, and what this one does."""
@@ -104,12 +109,32 @@ class Installation:
             self.overrides.put(_INSTALLED, attn, self)
         self.overrides.method(self.model, "to_tokens", lambda _, *args, **kwargs: to_all_tokens(self.model, *args, **kwargs))
         self.overrides.method(self.model, "hooks", lambda hooks, *args, **kwargs: Uninterrupted(hooks(*args, **kwargs)))
+        self.overrides.method(self.model, "generate", self._generate)
         self.overrides.entry(self.model.unembed, self._last_positions)
         host.install(self.model, self)
 
     def note_tokens(self, tokens: Any) -> None:
         """Find the padding of a run that was given no attention mask."""
         self.real = without_right_padding(self.model, tokens)
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the model generates; where it returns the cache of a run of all that (`return_cache=True`), the trace's own."""
+        runs: list[Any] = []
+
+        def note(run_with_cache: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            runs.append(run_with_cache(*args, **kwargs))
+            return runs[-1]
+
+        overrides, trace = Overrides(lambda: True), self.trace()
+        overrides.method(self.model, "run_with_cache", note)
+        try:
+            result = generate(*args, **kwargs)
+        finally:
+            overrides.restore()
+        if trace is None or not runs or not isinstance(result, tuple) or not any(each is runs[-1][1] for each in result):
+            return result
+        cache = trace.rerun_cache(trace, *runs[-1])
+        return tuple(cache if each is runs[-1][1] else each for each in result)
 
     def _last_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What `unembed` is called with: the residual stream of the last positions only, where so many logits are kept."""
@@ -138,6 +163,7 @@ def opened(model: Any, host: ModuleType, trace: Trace) -> Iterator[Trace]:
             _OPENED.set((*_OPENED.get(), number))
         yield trace
     finally:
+        trace.earlier.clear()
         if installation is not None:
             try:
                 _leave(installation, number)

@@ -14,6 +14,7 @@ from tl_stream import score_mod
 from tl_stream.attention import sparse_attention
 from tl_stream.attention.gather import block_scores
 from tl_stream.config import StreamConfig
+from tl_stream.estimator import Earlier
 from tl_stream.layout import BlockLayout
 from tl_stream.score_mod import FromRow, OnSubset, ScoreMod
 
@@ -30,6 +31,7 @@ class Origin:
         dense: Whether the layer is one of `config.dense_layers`.
         fallbacks: How often each unknown operation was made dense, over the whole run.
         real: False where a token is padding that no mask tells the model of, `[batch, pos]`; None: there is none.
+        earlier: What the run has to know of those before it, whose keys are in a KV cache; None: nothing.
     """
 
     config: StreamConfig
@@ -37,6 +39,7 @@ class Origin:
     dense: bool
     fallbacks: Counter[str]
     real: Bool[Tensor, "batch pos"] | None = field(default=None, compare=False, repr=False)
+    earlier: Earlier | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_exact(self) -> bool:

@@ -146,6 +146,7 @@ class AttentionScores(Wrapper):
             scale=products.scale,
             score_mods=products.score_mods,
             layer=self.origin.layer,
+            earlier=self.origin.earlier if config.block_q == 1 else None,
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
