@@ -64,8 +64,8 @@ def table(results: list[Flips]) -> dict[str, Any]:
         "prompts": len(cases),
         "same answer": {name: f"{sum(same)}/{len(same)}" for name, same in runs.items()},
         "flipped without tokens": sum(not flip.sparse.same for flip in cases),
-        "flipped by tokens": sum(flip.found and flip.sparse.same for flip in cases),
-        "of these artefacts of sparsity": sum(flip.is_artefact and flip.sparse.same for flip in cases),
+        "flipped by tokens": sum(flip.found for flip in cases),
+        "of these artefacts of sparsity": sum(flip.is_artefact for flip in cases),
     }
 
 

@@ -49,10 +49,10 @@ class Flip:
         prompt: Its index.
         answer: What the dense model says next, without inserted tokens.
         inserted: The tokens after which the sparse model says something else while the dense one doesn't; or, where none were
-            found, those that came nearest.
+            found, those that came nearest. Empty: the sparse model says something else without any.
         tried: How many insertions were tried.
-        vanilla: The dense model, with the tokens.
-        sparse: The sparse model, without them.
+        sparse: The sparse model, without tokens.
+        vanilla: The dense model, with the tokens; None, as all below: none were tried.
         k1: The sparse model, with them, at half the budget; None: there is no smaller one.
         k_adv: The sparse model, with them, at the budget that was attacked.
         k2: The same at the first larger budget (doubling) that gives the answer again; None: only the full one does.
@@ -62,16 +62,18 @@ class Flip:
     answer: tuple[int, ...]
     inserted: tuple[int, ...]
     tried: int
-    vanilla: FlipRun
     sparse: FlipRun
-    k1: FlipRun | None
-    k_adv: FlipRun
-    k2: FlipRun | None
+    vanilla: FlipRun | None = None
+    k1: FlipRun | None = None
+    k_adv: FlipRun | None = None
+    k2: FlipRun | None = None
 
     @property
     def found(self) -> bool:
-        """Whether the inserted tokens make the sparse model answer differently, and leave the dense one's answer."""
-        return self.vanilla.same and not self.k_adv.same
+        """Whether the inserted tokens, and nothing less, make the sparse model answer differently, and leave the dense answer."""
+        if self.vanilla is None or self.k_adv is None:
+            return False
+        return self.sparse.same and self.vanilla.same and not self.k_adv.same
 
     @property
     def is_artefact(self) -> bool:
@@ -155,7 +157,10 @@ class Flips:
 
     def _found(self) -> str:
         artefacts = sum(flip.is_artefact for flip in self.prompts)
-        return f"{sum(flip.found for flip in self.prompts)} of {len(self.prompts)} flipped, {artefacts} by sparsity alone"
+        flipped, alone = sum(flip.found for flip in self.prompts), sum(not flip.sparse.same for flip in self.prompts)
+        return (
+            f"tokens flipped {flipped} of {len(self.prompts)} prompts ({artefacts} by sparsity alone); {alone} flip without tokens"
+        )
 
     def _doubted(self, same: bool, recheck: bool) -> float | None:
         return _share([not (run.rechecked if recheck else run.trusted) for run in self.sparse_runs if run.same == same])
@@ -184,7 +189,8 @@ def _said(run: FlipRun | None) -> str:
 
 
 def _verdict(flip: Flip) -> str:
+    if not flip.sparse.same:
+        return "flips without tokens"
     if not flip.found:
         return "not flipped"
-    verdict = "flipped by sparsity alone" if flip.is_artefact else "flipped"
-    return verdict if flip.sparse.same else f"{verdict}, without tokens too"
+    return "flipped by sparsity alone" if flip.is_artefact else "flipped"
