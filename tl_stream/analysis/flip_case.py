@@ -77,13 +77,9 @@ class Case:
         assert isinstance(cache, SparseActivationCache)
         (alone,) = cache.audit(rows=n, sample=0).answers
         (rows,) = recheck(self.model, text, cache, rows=n, sample=0).answers
-        assert rows.lead is not None
-        assert rows.reread is not None
-        assert rows.doubt is not None
-        worst = rows.doubt.index(max(rows.doubt))
-        lead = min(rows.lead[worst], rows.reread[worst])
-        same = bool(self.margins(logits)[0] >= 0)
-        return FlipRun(k, same, cache.pruned, rows.retained[worst], lead, alone.trusted, rows.trusted)
+        same, least = bool(self.margins(logits)[0] >= 0), min(rows.retained)
+        chances = alone.flip_chance, rows.flip_chance
+        return FlipRun(k, same, cache.pruned, least, *chances, alone.trusted, rows.trusted)
 
     def unattacked(self) -> FlipRun:
         """The sparse model's run without tokens."""

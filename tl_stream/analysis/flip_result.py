@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from rich.table import Table
 
 from tl_stream.audit import records
-from tl_stream.audit.verdict import DOUBT_THRESHOLD
+from tl_stream.audit.verdict import DOUBT
 from tl_stream.config import StreamConfig
 
 RUNS = ("vanilla", "sparse", "k1", "k_adv", "k2")
@@ -24,19 +24,20 @@ class FlipRun:
         k: Kept key blocks a query block; None: nothing is pruned.
         same: Whether it gives the answer that the dense model gives without inserted tokens.
         pruned: Share of the token pairs dropped, over all layers and heads.
-        retained: Retained mass, mean over layers and heads, of the answer's row that the audit doubts most: from this run
-            alone, exact for its own queries and keys.
-        lead: By how much this run's next token is more probable than any other in that row: there, or where the answer's rows
-            read everything, whichever is less.
-        trusted: Whether the audit of this run alone finds no reason to doubt the answer's rows.
-        rechecked: Whether `tl_stream.recheck`, which takes one more sparse run, finds none either.
+        retained: Retained mass of the answer's row that keeps least, mean over layers and heads: exact for the run's own queries
+            and keys.
+        chance: The chance that dense attention says otherwise in the answer's rows, by the audit of this run alone.
+        chance_rechecked: The same by `tl_stream.recheck`, which takes one more sparse run.
+        trusted: Whether the audit of this run alone trusts the answer's rows.
+        rechecked: Whether the recheck does.
     """
 
     k: int | None
     same: bool
     pruned: float
     retained: float
-    lead: float
+    chance: float
+    chance_rechecked: float
     trusted: bool
     rechecked: bool
 
@@ -140,27 +141,24 @@ class Flips:
         return pandas.DataFrame(rows)
 
     def plot(self) -> go.Figure:
-        """What every sparse run lost, against its lead; the audit doubts those above the line."""
+        """The chance of another answer that the audit gives every sparse run; rechecked, it doubts those above the line."""
         made = go.Figure()
         for name, same in (("the dense answer", True), ("another answer", False)):
             runs = [run for run in self.sparse_runs if run.same == same]
-            lost = [1 - run.retained for run in runs]
-            said = [f"k = {run.k}" for run in runs]
-            made.add_scatter(x=[run.lead for run in runs], y=lost, text=said, name=name, mode="markers")
-        made.add_scatter(x=[0, 1], y=[0, DOUBT_THRESHOLD], name="the audit's threshold", mode="lines")
+            alone, again = [run.chance for run in runs], [run.chance_rechecked for run in runs]
+            made.add_scatter(x=alone, y=again, text=[f"k = {run.k}" for run in runs], name=name, mode="markers")
+        made.add_scatter(x=[0, 1], y=[DOUBT, DOUBT], name="doubted above", mode="lines")
         return made.update_layout(
             title=f"Flips by {self.method}: {self._found()}",
-            xaxis_title="lead of the next token in the answer's worst row, the lesser of before and after a recheck",
-            yaxis_title="lost mass in that row",
+            xaxis_title="chance that dense attention says otherwise, from the run alone",
+            yaxis_title="the same, rechecked",
             template="plotly_white",
         )
 
     def _found(self) -> str:
         artefacts = sum(flip.is_artefact for flip in self.prompts)
         flipped, alone = sum(flip.found for flip in self.prompts), sum(not flip.sparse.same for flip in self.prompts)
-        return (
-            f"tokens flipped {flipped} of {len(self.prompts)} prompts ({artefacts} by sparsity alone); {alone} flip without tokens"
-        )
+        return f"tokens flipped {flipped} of {len(self.prompts)} prompts ({artefacts} by sparsity alone); {alone} flip without tokens"
 
     def _doubted(self, same: bool, recheck: bool) -> float | None:
         return _share([not (run.rechecked if recheck else run.trusted) for run in self.sparse_runs if run.same == same])
