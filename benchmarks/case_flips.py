@@ -4,7 +4,7 @@ The bundled model answers prompts of about 1,000 tokens: needles among others, a
 searched for at random and along the gradient (3 tokens, small budgets), for the paper's choice of blocks and for the default
 one. What is found is run again at half and at larger budgets: a flip that goes away above is an artefact of sparsity. The
 audit judges every sparse run of the study (with and without tokens, at all budgets) before the dense answer is seen, from the
-run alone and rechecked (one more sparse run); its threshold is that of benchmarks/audit_roc.py, which other texts chose.
+run alone and rechecked (one more sparse run); its chances are those of benchmarks/verdict.py, fitted to another model.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 `tl_stream.audit.verdict` come from; an interrupted collection goes on. FOLDER is a saved Hugging Face model, or `mini` or
 `english` for the two of this repository. What is read:
 
-- prose: held-out English (`english/held_out.txt.gz`); the last 8 next tokens of a window of it. (Not by `mini`, which knows none.)
+- prose: held-out English (`english/held_out.txt.gz`); the last 8 next tokens of a window. (Not by `mini`.)
 - yes/no: such a window, then whether a word is in it. One next token. (The real models.)
 - needle: RULER's needles in essays, in the chat template where there is one; 8 tokens of the dense model's answer. For `mini`
   needles among noise, variables and reasoning traces.
@@ -43,7 +43,7 @@ import tl_stream
 from tl_stream import StreamConfig
 from tl_stream.audit import records
 from tl_stream.audit.next_tokens import lead
-from tl_stream.audit.verdict import ALONE, BY_MASS, DOUBT, RECHECKED, Logistic
+from tl_stream.audit.verdict import ALONE, BY_MASS, DOUBT, RECHECKED, Logistic, settled
 from tl_stream.cache import is_pattern
 from tl_stream.fidelity.runs import dense_config, greedy_tokens
 from tl_stream.models.evaluate import wilson
@@ -55,9 +55,7 @@ BUNDLED = {"mini": Path(tl_stream.models.__file__).with_name("mini"), "english":
 ANSWER = 8
 DENSE_ROWS = 64
 FIRST_LONGER, FIRST_LONG = 20, 1000  # seeds: of longer texts, and of 4,096 tokens
-OLD_THRESHOLD = (
-    0.43  # what went before: lost mass / the lesser lead in probability, in the run and where its answer reads everything
-)
+OLD_THRESHOLD = 0.43  # of lost mass / the lesser lead in probability, which the audit went by before
 Row = dict[str, Any]
 
 
@@ -132,7 +130,11 @@ def retrieval(model: Any, length: int, rng: random.Random, seed: int) -> Iterato
         yield "needle", answered(model, model.to_tokens(needles.prompt), len(needles.value)), len(needles.value)
     variables = variable_tracking(model.tokenizer, length, seed=10_000 + seed)
     yield "variables", answered(model, model.to_tokens(variables.prompt), 5), 5
-    yield "trace", model.to_tokens(reasoning_trace(model.tokenizer, length * 100 // 1024, seed=10_000 + seed).prompt), 1
+    yield (
+        "trace",
+        model.to_tokens(reasoning_trace(model.tokenizer, min(length * 100 // 1024, 270), seed=10_000 + seed).prompt),
+        1,
+    )
 
 
 def passage(length: int, rng: random.Random) -> str:
@@ -232,12 +234,17 @@ def log_lost(row: Row, i: int) -> float:
     return math.log(max(1 - row["retained"][i], 1e-6))
 
 
+def settled_of(row: Row, i: int) -> float:
+    return float(settled(torch.tensor(row["lead"][i]), torch.tensor(row["reread"][i])))
+
+
 SCORES = (
     Score("lost mass", lambda row, i: [log_lost(row, i)], BY_MASS),
     Score("lead, lost mass", lambda row, i: [row["lead"][i], log_lost(row, i)], ALONE),
     Score("rechecked: the answer's rows", lambda row, i: [row["reread, its rows"][i]]),
     Score("rechecked: 64 rows", lambda row, i: [row["reread, 64 rows"][i]]),
-    Score("rechecked: 64 rows, twice the budget", lambda row, i: [row["reread"][i]], RECHECKED),
+    Score("rechecked: twice the budget, too", lambda row, i: [row["reread"][i]]),
+    Score("the same, against what it moved", lambda row, i: [settled_of(row, i)], RECHECKED),
 )
 
 

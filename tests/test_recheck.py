@@ -74,7 +74,10 @@ def test_the_chance_goes_by_the_lead_in_the_recheck() -> None:
     intercept, (slope,) = RECHECKED.intercept, RECHECKED.slopes
     for answer in tl_stream.recheck(model, text, cache, rows=20, sample=0).answers:
         assert answer.reread is not None
-        chances = [1 / (1 + math.exp(-intercept - slope * lead)) for lead in answer.reread]
+        assert answer.lead is not None
+        moved = zip(answer.lead, answer.reread, strict=True)
+        odds = [intercept + slope * reread / math.sqrt(0.05 + abs(reread - lead)) for lead, reread in moved]
+        chances = [1 / (1 + math.exp(-each)) for each in odds]
         assert answer.chances == pytest.approx(chances)
         assert answer.flip_chance == pytest.approx(1 - math.prod(1 - chance for chance in chances))
         assert answer.trusted == (answer.flip_chance <= DOUBT)

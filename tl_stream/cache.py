@@ -133,8 +133,8 @@ class SparseActivationCache(ActivationCache):
         confidence: float = 0.95,
         seed: int = 0,
     ) -> Audit:
-        """What this run lost, and what of it not to trust; no dense run is needed. `tl_stream.recheck` knows more, by one more
-        sparse run.
+        """What this run lost, what of it not to trust, and the chance that dense attention says otherwise; no dense run is
+        needed. From one run that chance tells little; `tl_stream.recheck` knows more, by one more sparse run.
 
         The chosen rows' retained mass is exact; the mean over all rows is given as a confidence interval, from rows drawn
         without replacement, that holds whatever the distribution (`tl_stream.audit.interval`), and as an estimate

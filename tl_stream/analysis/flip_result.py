@@ -24,8 +24,8 @@ class FlipRun:
         k: Kept key blocks a query block; None: nothing is pruned.
         same: Whether it gives the answer that the dense model gives without inserted tokens.
         pruned: Share of the token pairs dropped, over all layers and heads.
-        retained: Retained mass of the answer's row that keeps least, mean over layers and heads: exact for the run's own queries
-            and keys.
+        retained: Retained mass of the answer's row that keeps least, mean over layers and heads: exact for the run's own
+            queries and keys.
         chance: The chance that dense attention says otherwise in the answer's rows, by the audit of this run alone.
         chance_rechecked: The same by `tl_stream.recheck`, which takes one more sparse run.
         trusted: Whether the audit of this run alone trusts the answer's rows.
@@ -71,7 +71,7 @@ class Flip:
 
     @property
     def found(self) -> bool:
-        """Whether the inserted tokens, and nothing less, make the sparse model answer differently, and leave the dense answer."""
+        """Whether the inserted tokens alone make the sparse model answer differently, and leave the dense one's answer."""
         if self.vanilla is None or self.k_adv is None:
             return False
         return self.sparse.same and self.vanilla.same and not self.k_adv.same
@@ -158,7 +158,8 @@ class Flips:
     def _found(self) -> str:
         artefacts = sum(flip.is_artefact for flip in self.prompts)
         flipped, alone = sum(flip.found for flip in self.prompts), sum(not flip.sparse.same for flip in self.prompts)
-        return f"tokens flipped {flipped} of {len(self.prompts)} prompts ({artefacts} by sparsity alone); {alone} flip without tokens"
+        said = f"tokens flipped {flipped} of {len(self.prompts)} prompts ({artefacts} by sparsity alone)"
+        return f"{said}; {alone} flip without tokens"
 
     def _doubted(self, same: bool, recheck: bool) -> float | None:
         return _share([not (run.rechecked if recheck else run.trusted) for run in self.sparse_runs if run.same == same])

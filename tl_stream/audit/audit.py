@@ -150,6 +150,8 @@ def _rows_audit(
             f"reread was of the last {len(reread)} positions, but the chosen rows of text {text} are {first._numbers} of "
             f"{length}; expected these among them. Rows of padding count: pad on the left."
         )
+    if reread is not None and lead is None:
+        raise ValueError("reread was given, but the cache knows no next tokens of these rows; expected a run with logits.")
     overall = torch.stack([part.estimate[:, part.counted].mean() for part in layers.values()]).mean()
     chances = flip_chances(1 - torch.where(mass < 1, mass, overall), lead, again)
     return RowsAudit(text, tuple(first._numbers), *map(_floats, (mass, lead, again, chances)))

@@ -56,8 +56,8 @@ class RowsAudit:
         text: Index in the batch.
         rows: Query positions, as the cached patterns number them.
         retained: Retained mass of each row, mean over all cached layers and heads, exact.
-        lead: By how much the logit of the run's own most likely next token exceeds all others, in each row; None: it isn't known
-            for all of them (the run gave no logits, or the rows are too far from the text's end).
+        lead: By how much the logit of the run's own most likely next token exceeds all others, in each row; None: it isn't
+            known for all of them (the run gave no logits, or the rows are too far from the text's end).
         reread: The lead of these same tokens in a recheck (`tl_stream.recheck`), in each row; negative: another token is more
             likely there. None: there was none.
         chances: The chance that dense attention says otherwise, in each row: that its most likely next token is another one,
@@ -87,9 +87,7 @@ class RowsAudit:
         if not self.rows:
             return "no chosen row counts: all of them are padding"
         rows = f"row {self.rows[0]}" if len(self.rows) == 1 else f"rows {self.rows[0]} to {self.rows[-1]}"
-        source = (
-            "rechecked" if self.reread is not None else "from this run alone, which tells little; tl_stream.recheck tells more"
-        )
+        source = "from this run alone, which tells little: recheck it" if self.reread is None else "rechecked"
         return f"{self.flip_chance:.0%} chance that dense attention says otherwise in {rows} ({source})"
 
 

@@ -2,11 +2,12 @@
 
 A logistic function of what is known, from most to least:
 
-1. The lead that the run's next token has in a recheck (`tl_stream.recheck`). Negative: the recheck says something else.
+1. The lead that the run's next token has in a recheck (`tl_stream.recheck`), against how far that moved it. Negative: the
+   recheck says something else.
 2. The lead in the run itself, and the share of attention that it lost.
 3. That share alone.
 
-The coefficients are from `benchmarks/real/verdict.py`: maximum likelihood on 5 digits CASES next tokens of SmolLM2-135M-Instruct.
+The coefficients are from `benchmarks/verdict.py`: maximum likelihood on next tokens of SmolLM2-135M-Instruct (`verdict.jsonl`).
 How well they are calibrated on models that did not choose them is in docs/measurements.md: well with a recheck; without one
 they say little more than how unsure the model is.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 # A head that keeps less than this shows less than half of what it reads.
 HEAD_THRESHOLD = 0.5
 # An answer is doubted where the chance that dense attention says otherwise is above this.
-DOUBT = 0.1
+DOUBT = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Logistic:
         return (self.intercept + odds).sigmoid()
 
 
-RECHECKED = Logistic(-1.6, (-7.93,))  # of the lead in the recheck
-ALONE = Logistic(2.1, (-0.88, 2.05))  # of the lead, log(lost mass)
-BY_MASS = Logistic(1.38, (2.38,))  # of log(lost mass)
+RECHECKED = Logistic(0.06, (-4.42,))  # of `settled`
+ALONE = Logistic(2.76, (-0.86, 2.45))  # of the lead, log(lost mass)
+BY_MASS = Logistic(2.01, (2.89,))  # of log(lost mass)
 
 
 def head_reasons(exact: Float[Tensor, " row"], rows: Sequence[int], mean_high: float, confidence: float) -> tuple[str, ...]:
@@ -60,6 +61,11 @@ def head_reasons(exact: Float[Tensor, " row"], rows: Sequence[int], mean_high: f
     return tuple(reasons)
 
 
+def settled(lead: Float[Tensor, " row"], reread: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """The lead in a recheck against how far that moved it: what moved far may move on. Of several forms the best on SmolLM2."""
+    return reread / (0.05 + (reread - lead).abs()).sqrt()
+
+
 def flip_chances(
     lost: Float[Tensor, " row"], lead: Float[Tensor, " row"] | None, reread: Float[Tensor, " row"] | None
 ) -> Float[Tensor, " row"]:
@@ -70,8 +76,8 @@ def flip_chances(
         lead: By how much the logit of the run's next token exceeds all others; None: not known.
         reread: The same token's lead in a recheck; None: there was none.
     """
-    if reread is not None:
-        chances = RECHECKED(reread)
+    if lead is not None and reread is not None:
+        chances = RECHECKED(settled(lead, reread))
     elif lead is not None:
         chances = ALONE(lead, lost.log())
     else:

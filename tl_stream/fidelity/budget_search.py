@@ -48,9 +48,9 @@ def find_budget(
     Args:
         model: A causal HookedTransformer or TransformerBridge.
         tokens: The prompt: `[batch, pos]` or `[pos]`, or text. All texts of a batch have to meet the criterion.
-        match: How many tokens that carry text have to be the dense model's in greedy generation, with those of white space before
-            and between them; `criterion` of the result quotes them. An end-of-text token ends what is compared, and without a
-            tokenizer every token counts. (Not used with a `metric`.)
+        match: How many tokens that carry text have to be the dense model's in greedy generation, with those of white space
+            before and between them; `criterion` of the result quotes them. An end-of-text token ends what is compared, and
+            without a tokenizer every token counts. (Not used with a `metric`.)
         metric: Instead: `"kl"`, `"logit_difference"` or a function of the sparse and the dense model's logits at the last
             position, `[batch, 1, d_vocab]`; smaller is better.
         threshold: The largest value of the metric that will do.

@@ -50,7 +50,7 @@ def greedy_answers(model: Any, prompt: Int[Tensor, "batch pos"], n: int, at_most
         model: The model, as it is to run.
         prompt: The texts.
         n: How many tokens with text make the answer.
-        at_most: How many tokens fit behind the prompt; the answer has no more than these, and at most `WHITE_SPACE` more than n.
+        at_most: How many tokens fit behind the prompt; an answer has no more, and at most `WHITE_SPACE` more than n.
     """
     steps = n if model.tokenizer is None else min(n + WHITE_SPACE, at_most)
     return tuple(_answer(model.tokenizer, row, n) for row in greedy_tokens(model, prompt, steps).tolist())
