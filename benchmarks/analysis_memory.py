@@ -133,7 +133,7 @@ def flips(text: Text, method: str) -> bool:
     found = analysis.find_flips(
         text.model, [text.tokens], CONFIG, trials=4, batch_size=2, method=method, position=1, progress=False
     )
-    return len(found.prompts) == 1 and finite([found.prompts[0].k_adv.lead, found.prompts[0].k_adv.retained])
+    return len(found.prompts) == 1 and finite(x for run in found.sparse_runs for x in (run.chance_rechecked, run.retained))
 
 
 def patch_by_block(text: Text) -> bool:

@@ -4,7 +4,7 @@ The bundled model answers prompts of about 1,000 tokens: needles among others, a
 searched for at random and along the gradient (3 tokens, small budgets), for the paper's choice of blocks and for the default
 one. What is found is run again at half and at larger budgets: a flip that goes away above is an artefact of sparsity. The
 audit judges every sparse run of the study (with and without tokens, at all budgets) before the dense answer is seen, from the
-run alone and rechecked (one more sparse run); its threshold is that of benchmarks/audit_roc.py, which other texts chose.
+run alone and rechecked (one more sparse run); its chances are those of benchmarks/verdict.py, fitted to another model.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def table(results: list[Flips]) -> dict[str, Any]:
         "prompts": len(cases),
         "same answer": {name: f"{sum(same)}/{len(same)}" for name, same in runs.items()},
         "flipped without tokens": sum(not flip.sparse.same for flip in cases),
-        "flipped by tokens": sum(flip.found and flip.sparse.same for flip in cases),
-        "of these artefacts of sparsity": sum(flip.is_artefact and flip.sparse.same for flip in cases),
+        "flipped by tokens": sum(flip.found for flip in cases),
+        "of these artefacts of sparsity": sum(flip.is_artefact for flip in cases),
     }
 
 

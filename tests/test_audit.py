@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import tl_stream
 from tl_stream import StreamConfig
 from tl_stream.audit.estimate import estimated_mass
 from tl_stream.audit.interval import mean_interval
+from tl_stream.audit.result import RowsAudit
 from tl_stream.audit.rows import SoftmaxRows
-from tl_stream.audit.verdict import DOUBT_THRESHOLD, HEAD_THRESHOLD, ROW_THRESHOLD
+from tl_stream.audit.verdict import ALONE, BY_MASS, DOUBT, HEAD_THRESHOLD, flip_chances
 
 CONFIG = StreamConfig(block_q=8, block_k=8, k=2, beam=1, max_dense=0)
 LENGTH = 61
@@ -88,7 +90,7 @@ def test_nothing_pruned_is_trusted() -> None:
     _, cache = build().run_with_sparse_cache(tokens(LENGTH), config=StreamConfig(k=100, max_dense=0))
     result = cache.audit(rows=3)
     assert not result.doubtful
-    assert all(answer.trusted for answer in result.answers)
+    assert all(answer.trusted and answer.flip_chance == 0 for answer in result.answers)
     assert all(head.mean_low == head.mean_high == head.mean_estimated == 1.0 for head in result.heads)
     assert all(answer.rows == (58, 59, 60) for answer in result.answers)
 
@@ -239,12 +241,15 @@ def test_verdicts_give_reasons() -> None:
         assert head.trusted == (not low and head.mean_high >= HEAD_THRESHOLD)
         assert any("of what it reads" in reason for reason in head.reasons) == low
     assert result.doubtful
-    leads = logits.softmax(-1).topk(2, -1).values[:, -2:]
-    for answer, lead in zip(result.answers, leads[..., 0] - leads[..., 1], strict=True):
-        assert answer.lead == pytest.approx(lead.tolist(), abs=1e-6)
-        doubt = [(1 - mass) / lead for mass, lead in zip(answer.retained, answer.lead, strict=True)]
-        assert answer.doubt == pytest.approx(doubt)
-        assert answer.trusted == (max(doubt) <= DOUBT_THRESHOLD)
+    best = logits.topk(2, -1).values[:, -2:]
+    intercept, (ahead_slope, lost_slope) = ALONE.intercept, ALONE.slopes
+    for answer, lead in zip(result.answers, best[..., 0] - best[..., 1], strict=True):
+        assert answer.lead == pytest.approx(lead.tolist(), abs=1e-5)
+        for chance, mass, ahead in zip(answer.chances, answer.retained, answer.lead or (), strict=True):
+            odds = intercept + ahead_slope * ahead + lost_slope * math.log(1 - mass)
+            assert chance == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-5)
+        assert answer.trusted == (answer.flip_chance <= DOUBT)
+        assert f"{answer.flip_chance:.0%} chance that dense attention says otherwise in rows 59 to 60" in repr(result)
 
 
 @torch.no_grad()
@@ -253,12 +258,40 @@ def test_without_logits_the_verdict_goes_by_mass_alone() -> None:
     _, whole = model.run_with_sparse_cache(tokens(LENGTH), config=CONFIG)
     _, stopped = model.run_with_sparse_cache(tokens(LENGTH), config=CONFIG, stop_at_layer=3)
     _, short = model.run_with_sparse_cache(tokens(LENGTH), config=CONFIG, logits_to_keep=2)
+    intercept, (slope,) = BY_MASS.intercept, BY_MASS.slopes
     for cache, rows in ((stopped, 1), (short, 3)):
         for answer in cache.audit(rows, sample=0).answers:
             assert answer.lead is None
-            assert answer.doubt is None
-            assert answer.trusted == (min(answer.retained) >= ROW_THRESHOLD)
+            odds = [intercept + slope * math.log(1 - mass) for mass in answer.retained]
+            assert answer.chances == pytest.approx([1 / (1 + math.exp(-each)) for each in odds], abs=1e-5)
     assert short.audit(2, sample=0).answers == whole.audit(2, sample=0).answers
+
+
+@torch.no_grad()
+def test_rows_that_read_everything_have_lost_what_earlier_rows_lost() -> None:
+    _, cache = build().run_with_sparse_cache(tokens(LENGTH), config=replace(CONFIG, dense_queries=3))
+    result = cache.audit(2, sample=0)
+    for answer in result.answers:
+        assert answer.retained == (1.0, 1.0)
+        lost = 1 - torch.tensor([head.mean_estimated for head in result.heads if head.text == answer.text]).mean()
+        assert answer.lead is not None
+        assert answer.chances == pytest.approx(flip_chances(lost.expand(2), torch.tensor(answer.lead), None).tolist(), abs=1e-5)
+        assert answer.flip_chance > 0
+
+
+def test_chances_by_what_is_known() -> None:
+    """Nothing lost: none, whatever else; more lost or less ahead: more; not a number: no trust."""
+    lost, lead = torch.tensor([0.0, 0.1, 0.3]), torch.tensor([0.0, 2.0, 2.0])
+    for chances in (flip_chances(lost, None, None), flip_chances(lost, lead, None), flip_chances(lost, lead, lead - 1)):
+        assert chances[0] == 0
+        assert ((chances[1:] > 0) & (chances[1:] < 1)).all()
+    assert flip_chances(lost, lead, None).diff().min() > 0
+    ahead = flip_chances(torch.full((3,), 0.1), lead, torch.tensor([-1.0, 0.2, 3.0]))
+    assert ahead.diff().max() < 0
+    assert ahead[0] > 0.9
+    answer = RowsAudit(0, (3, 4), (0.5, 0.5), (1.0, math.nan), None, (0.01, math.nan))
+    assert not answer.trusted
+    assert RowsAudit(0, (), (), None, None, ()).said == "no chosen row counts: all of them are padding"
 
 
 @torch.no_grad()

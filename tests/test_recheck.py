@@ -1,7 +1,8 @@
-"""A recheck is the dense model on the run's own blocks, whose last rows read everything; its verdict goes by what these say."""
+"""A recheck is the dense model on twice the budget's blocks, whose last rows read everything; the verdict goes by it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,23 +15,29 @@ from zoo import NEEDS_HOOKED, build, tokens
 
 import tl_stream
 from tl_stream import SparseActivationCache, StreamConfig
-from tl_stream.audit.verdict import DOUBT_THRESHOLD
+from tl_stream.audit.verdict import DOUBT, RECHECKED
+from tl_stream.budget import Budget, Linear, PerHead, Sqrt, TopP
 from tl_stream.tasks import niah
 
 CONFIG = StreamConfig(block_q=8, block_k=8, k=2, beam=1, max_dense=0)
 LENGTH = 61
 
 
-def reread(model: Any, text: Tensor, cache: SparseActivationCache, n: int) -> Tensor:
-    """Leads of the run's next tokens in the dense model, masked with the run's blocks but for the last n rows."""
-    keep = {layer: cache.block_layout(layer).to_dense().clone() for layer in cache.patterns}
-    for kept in keep.values():
-        kept[:, :, -n:] = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[-n:]
-    with EditedAttention(sorted(keep), LENGTH, on_scores=masked(keep)):
-        probability = model(text)[:, -n:].softmax(-1)
+def leads(logits: Tensor, cache: SparseActivationCache) -> Tensor:
+    """By how much the logits of a run's next tokens exceed all others."""
     assert cache.next_tokens is not None
-    said = cache.next_tokens.token[:, -n:, None]
-    return probability.gather(-1, said)[..., 0] - probability.scatter(-1, said, 0).amax(-1)
+    said = cache.next_tokens.token[:, -logits.shape[1] :, None]
+    return logits.gather(-1, said)[..., 0] - logits.scatter(-1, said, -torch.inf).amax(-1)
+
+
+def reread(model: Any, text: Tensor, cache: SparseActivationCache, n: int, k: Any = 4) -> Tensor:
+    """Leads of the run's next tokens in the dense model, masked with the blocks of twice the budget but for the last n rows."""
+    _, more = model.run_with_sparse_cache(text, config=replace(CONFIG, k=k, dense_queries=n))
+    keep = {layer: more.block_layout(layer).to_dense().clone() for layer in cache.patterns}
+    for kept in keep.values():
+        assert kept[:, :, -n:].equal(torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[-n:].expand(*kept.shape[:2], -1, -1))
+    with EditedAttention(sorted(keep), LENGTH, on_scores=masked(keep)):
+        return leads(model(text)[:, -n:], cache)
 
 
 @NEEDS_HOOKED
@@ -41,10 +48,10 @@ def test_equals_the_masked_dense_model(variant: str, n: int) -> None:
     model, text = build(variant), tokens(LENGTH)
     _, cache = model.run_with_sparse_cache(text, config=CONFIG)
     expected = reread(model, text, cache, n)
-    alone, result = cache.audit(n), tl_stream.recheck(model, text, cache, rows=n)
+    alone, result = cache.audit(n), tl_stream.recheck(model, text, cache, rows=n, dense_queries=n)
     assert result.heads == alone.heads
-    for answer, other, leads in zip(result.answers, alone.answers, expected, strict=True):
-        assert answer.reread == pytest.approx(leads.tolist(), abs=1e-6)
+    for answer, other, lead in zip(result.answers, alone.answers, expected, strict=True):
+        assert answer.reread == pytest.approx(lead.tolist(), abs=1e-5)
         assert (answer.retained, answer.lead, other.reread) == (other.retained, other.lead, None)
     assert expected.min() < 0 or n == 1
 
@@ -54,26 +61,56 @@ def test_equals_the_masked_dense_model(variant: str, n: int) -> None:
 def test_on_the_bridge(family: str) -> None:
     model, text = families.build(family), families.tokens(LENGTH)
     _, cache = model.run_with_sparse_cache(text, config=CONFIG, logits_to_keep=4)
-    result = tl_stream.recheck(model, text, cache, rows=4, sample=0)
-    again, _ = model.run_with_sparse_cache(text, config=replace(CONFIG, layout_from=cache, dense_queries=4))
-    probability = again[:, -4:].float().softmax(-1)
-    said = cache.next_tokens.token[..., None]
-    expected = probability.gather(-1, said)[..., 0] - probability.scatter(-1, said, 0).amax(-1)
-    assert [answer.reread for answer in result.answers] == [pytest.approx(leads.tolist(), abs=1e-5) for leads in expected]
+    result = tl_stream.recheck(model, text, cache, rows=4, sample=0, dense_queries=9)
+    again, _ = model.run_with_sparse_cache(text, config=replace(CONFIG, k=4, dense_queries=9))
+    expected = leads(again[:, -4:].float(), cache)
+    assert [answer.reread for answer in result.answers] == [pytest.approx(lead.tolist(), abs=1e-4) for lead in expected]
 
 
 @torch.no_grad()
-def test_the_lesser_lead_counts() -> None:
+def test_the_chance_goes_by_the_lead_in_the_recheck() -> None:
     model, text = build(), tokens(LENGTH)
     _, cache = model.run_with_sparse_cache(text, config=CONFIG)
+    intercept, (slope,) = RECHECKED.intercept, RECHECKED.slopes
     for answer in tl_stream.recheck(model, text, cache, rows=20, sample=0).answers:
-        assert answer.lead is not None
         assert answer.reread is not None
-        rows = zip(answer.retained, answer.lead, answer.reread, strict=True)
-        doubt = [(1 - mass) / max(min(leads), 0) if min(leads) > 0 else torch.inf for mass, *leads in rows]
-        assert answer.doubt == pytest.approx(doubt)
-        assert answer.trusted == (max(doubt) <= DOUBT_THRESHOLD)
-        assert ("another one when it reads everything" in str(answer.reasons)) == (torch.inf in doubt)
+        assert answer.lead is not None
+        moved = zip(answer.lead, answer.reread, strict=True)
+        odds = [intercept + slope * reread / math.sqrt(0.05 + abs(reread - lead)) for lead, reread in moved]
+        chances = [1 / (1 + math.exp(-each)) for each in odds]
+        assert answer.chances == pytest.approx(chances)
+        assert answer.flip_chance == pytest.approx(1 - math.prod(1 - chance for chance in chances))
+        assert answer.trusted == (answer.flip_chance <= DOUBT)
+        assert answer.said.endswith("that dense attention says otherwise in rows 41 to 60 (rechecked)")
+
+
+@pytest.mark.parametrize(
+    "k", [Sqrt(0.7), Linear(0.2), TopP(0.6, at_most=3), PerHead({0: 1, (1, 2): TopP(0.5)}, otherwise=3)], ids=str
+)
+@torch.no_grad()
+def test_every_budget_is_doubled(k: Budget) -> None:
+    model, text = build("gqa"), tokens(LENGTH)
+    _, cache = model.run_with_sparse_cache(text, config=replace(CONFIG, k=k))
+    expected = reread(model, text, cache, 2, k.doubled())
+    for answer, lead in zip(tl_stream.recheck(model, text, cache, 2, 0, dense_queries=2).answers, expected, strict=True):
+        assert answer.reread == pytest.approx(lead.tolist(), abs=1e-5)
+    for n in (1, 5, 40, 1000):
+        for head in ((0, 0), (1, 2), (2, 1)):
+            one, two = k.of_head(*head), k.of_head(*head).doubled()
+            assert one.blocks(n) <= two.blocks(n) <= 2 * one.blocks(n)
+            assert two.blocks(n) in (n, 2 * one.blocks(n), 2 * one.blocks(n) - 1)
+
+
+@torch.no_grad()
+def test_blocks_of_another_run_are_doubled_as_that_run_chose_them() -> None:
+    model, text = build(), tokens(LENGTH)
+    _, first = model.run_with_sparse_cache(text, config=CONFIG)
+    _, cache = model.run_with_sparse_cache(text, config=StreamConfig(block_q=8, block_k=8, layout_from=first, max_dense=0))
+    expected = reread(model, text, cache, 5)
+    for answer, lead in zip(
+        tl_stream.recheck(model, text, cache, 3, 0, dense_queries=5).answers, expected[:, -3:], strict=True
+    ):
+        assert answer.reread == pytest.approx(lead.tolist(), abs=1e-5)
 
 
 @torch.no_grad()
@@ -81,7 +118,8 @@ def test_nothing_pruned_says_the_same() -> None:
     model, text = build(), tokens(LENGTH)
     _, cache = model.run_with_sparse_cache(text, config=replace(CONFIG, k=100))
     for answer in tl_stream.recheck(model, text, cache, rows=3).answers:
-        assert answer.reread == pytest.approx(answer.lead, abs=1e-6)
+        assert answer.reread == pytest.approx(answer.lead, abs=1e-5)
+        assert (answer.chances, answer.flip_chance) == ((0, 0, 0), 0)
         assert answer.trusted
 
 
@@ -94,14 +132,14 @@ def test_padding_on_the_left() -> None:
     config = replace(CONFIG, estimator="exact")
     _, alone = model.run_with_sparse_cache(text, config=config)
     _, cache = model.run_with_sparse_cache(padded, config=config, attention_mask=mask)
-    (a,) = tl_stream.recheck(model, text, alone, rows=3, sample=0).answers
-    (b,) = tl_stream.recheck(model, padded, cache, rows=3, sample=0, attention_mask=mask).answers
-    assert a.reread == pytest.approx(b.reread, abs=1e-6)
+    (a,) = tl_stream.recheck(model, text, alone, rows=3, sample=0, dense_queries=3).answers
+    (b,) = tl_stream.recheck(model, padded, cache, rows=3, sample=0, dense_queries=3, attention_mask=mask).answers
+    assert a.reread == pytest.approx(b.reread, abs=1e-5)
 
 
 @torch.inference_mode()
 def test_a_wrong_answer_that_is_sure_of_itself() -> None:
-    """The paper's choice of blocks drops what the answer's rows need; the run is sure, and the recheck is not."""
+    """The paper's choice of blocks drops what the answer's rows need; the run is surer than the recheck."""
     model: Any = tl_stream.models.load()
     prompt = niah(model.tokenizer, 1024, depth=0.0, keys=4, seed=30_002)
     text = model.to_tokens(f"{prompt.prompt} {prompt.answer}")[:, :-1]
@@ -109,8 +147,8 @@ def test_a_wrong_answer_that_is_sure_of_itself() -> None:
     config = StreamConfig(block_q=8, block_k=8, k=32, estimator="stream")
     _, cache = model.run_with_sparse_cache(text, config=config, logits_to_keep=n)
     (alone,), (again,) = (a.answers for a in (cache.audit(n, 0), tl_stream.recheck(model, text, cache, n, 0)))
-    assert alone.trusted
-    assert not again.trusted
+    assert alone.flip_chance < 0.5
+    assert again.flip_chance > 0.9
 
 
 @torch.no_grad()
@@ -120,14 +158,14 @@ def test_bad_input() -> None:
     for rows in (0, 3):
         with pytest.raises(ValueError, match=f"rows was {rows}, but the cache knows the next tokens of the last 2 rows"):
             tl_stream.recheck(model, text, cache, rows=rows)
-    with pytest.raises(ValueError, match="layout_from held a layout of"):
-        tl_stream.recheck(model, text[:, 1:], cache)
+    for other, shape in ((text[:, 1:], "2, 60"), (text[:1], "1, 61")):
+        with pytest.raises(ValueError, match=rf"text was of shape \({shape}\), but the cache is of a run on \(2, 61\)"):
+            tl_stream.recheck(model, other, cache)
+    with pytest.raises(ValueError, match="dense_queries was -1; expected an int >= 0"):
+        tl_stream.recheck(model, text, cache, dense_queries=-1)
     _, exact = model.run_with_sparse_cache(text, config=replace(CONFIG, forward="exact"))
     with pytest.raises(ValueError, match="nothing to recheck"):
         tl_stream.recheck(model, text, exact)
-    _, part = model.run_with_sparse_cache(text, config=CONFIG, names_filter="blocks.1.attn.hook_pattern")
-    with pytest.raises(KeyError, match="layer was 0"):
-        tl_stream.recheck(model, text, part)
     wrong: Any
     for wrong in ([60], True, 2.0):
         with pytest.raises(TypeError, match=r"rows was .*; expected an int: how many of the last rows"):
@@ -144,10 +182,10 @@ def test_padding_on_the_right() -> None:
     config = replace(CONFIG, estimator="exact")
     _, alone = model.run_with_sparse_cache(text[:, :40], config=config)
     _, cache = model.run_with_sparse_cache(text, config=config, attention_mask=mask)
-    (a,) = tl_stream.recheck(model, text[:, :40], alone, rows=3, sample=0).answers
-    (b,) = tl_stream.recheck(model, text, cache, rows=3, sample=0, attention_mask=mask).answers
+    (a,) = tl_stream.recheck(model, text[:, :40], alone, rows=3, sample=0, dense_queries=3).answers
+    (b,) = tl_stream.recheck(model, text, cache, rows=3, sample=0, dense_queries=3, attention_mask=mask).answers
     assert a.rows == b.rows == (37, 38, 39)
-    assert a.reread == pytest.approx(b.reread, abs=1e-6)
+    assert a.reread == pytest.approx(b.reread, abs=1e-5)
     _, short = model.run_with_sparse_cache(text, config=config, attention_mask=mask, logits_to_keep=8)
     with pytest.raises(ValueError, match=r"reread was of the last 8 positions, but the chosen rows of text 0 are"):
         tl_stream.recheck(model, text, short, rows=3, sample=0, attention_mask=mask)

@@ -33,6 +33,10 @@ class Budget:
         """The budget of one head."""
         return self
 
+    def doubled(self) -> Budget:
+        """The same rule with twice as many blocks; of a share of attention, with half as much left out."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Constant(Budget):
@@ -46,6 +50,9 @@ class Constant(Budget):
     def blocks(self, readable: int) -> int:
         return min(self.k, readable)
 
+    def doubled(self) -> Constant:
+        return Constant(2 * self.k)
+
 
 @dataclass(frozen=True)
 class Sqrt(Budget):
@@ -58,6 +65,9 @@ class Sqrt(Budget):
 
     def blocks(self, readable: int) -> int:
         return min(math.ceil(self.scale * math.sqrt(readable)), readable)
+
+    def doubled(self) -> Sqrt:
+        return Sqrt(2 * self.scale)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,9 @@ class Linear(Budget):
     def blocks(self, readable: int) -> int:
         wanted = math.ceil(self.fraction * readable - 1e-6)  # 0.1 of 30 is 3
         return min(max(wanted, self.at_least), readable)
+
+    def doubled(self) -> Linear:
+        return Linear(min(2 * self.fraction, 1.0), 2 * self.at_least)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,9 @@ class TopP(Budget):
 
     def blocks(self, readable: int) -> int:
         return min(self.at_most, readable)
+
+    def doubled(self) -> TopP:
+        return TopP((1 + self.p) / 2, 2 * self.at_most)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,10 @@ class PerHead(Budget):
     def of_head(self, layer: int, head: int) -> Budget:
         found = self.budgets.get((layer, head), self.budgets.get(layer, self.otherwise))
         return as_budget(found, "budgets").of_head(layer, head)
+
+    def doubled(self) -> PerHead:
+        budgets = {key: as_budget(each).doubled() for key, each in self.budgets.items()}
+        return PerHead(budgets, as_budget(self.otherwise).doubled())
 
     def blocks(self, readable: int) -> int:
         raise TypeError("A PerHead budget has no number of blocks by itself; ask of_head(layer, head) first.")

@@ -27,7 +27,7 @@ from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
 from tl_stream.tensors.wrapper import SparseTensor
 
-_FORMAT = "tl_stream.SparseActivationCache/2"
+_FORMAT = "tl_stream.SparseActivationCache/3"
 
 
 def is_pattern(name: str) -> bool:
@@ -143,8 +143,8 @@ class SparseActivationCache(ActivationCache):
         confidence: float = 0.95,
         seed: int = 0,
     ) -> Audit:
-        """What this run lost, and what of it not to trust; no dense run is needed. `tl_stream.recheck` knows more, by one more
-        sparse run.
+        """What this run lost, what of it not to trust, and the chance that dense attention says otherwise; no dense run is
+        needed. From one run that chance tells little; `tl_stream.recheck` knows more, by one more sparse run.
 
         The chosen rows' retained mass is exact; the mean over all rows is given as a confidence interval, from rows drawn
         without replacement, that holds whatever the distribution (`tl_stream.audit.interval`), and as an estimate
@@ -156,8 +156,7 @@ class SparseActivationCache(ActivationCache):
                 them (negative ones count from the end). The rows of an answer are those that generate it; 1 is the row of
                 the next token.
             sample: How many of the other rows to draw in each layer.
-            reread: What `tl_stream.recheck` found: the lead of this run's next tokens, at the last positions, where these
-                read everything.
+            reread: What `tl_stream.recheck` found: the lead of this run's next tokens in that run, at the last positions.
             confidence: Of each interval, on its own.
             seed: Of the draw.
 

@@ -1,8 +1,8 @@
 """The thought-anchor study: which sentences of a reasoning trace matter, sparse against dense (arXiv:2510.19875, section 4).
 
 1. Traces: of the model's own, or given ones.
-2. The paper's smallest budget with which the two tokens after each trace are the dense model's (blocks of 32); and this
-   package's finer blocks, with a budget that grows as the square root of the position and isn't searched for.
+2. The paper's smallest budget with which the two tokens with text after each trace are the dense model's (blocks of 32); and
+   this package's finer blocks, with a budget that grows as the square root of the position and isn't searched for.
 3. What each keeps: retained mass and outputs against the dense model's.
 4. Vertical scores, their kurtosis and receiver heads (arXiv:2506.19143), of the sparse models, and of the real model as far as
    an exact forward records it, against those of the real model with all its entries.
@@ -29,6 +29,7 @@ from tl_stream.analysis import PAPER, AnchorSettings, VerticalScores, receiver_h
 from tl_stream.analysis.suppression import MAX_LOGITS
 from tl_stream.budget import Sqrt
 from tl_stream.cache import is_pattern
+from tl_stream.fidelity import BudgetSearch
 from tl_stream.fidelity.runs import dense_config
 
 OURS = StreamConfig(block_q=1, block_k=1, k=Sqrt(1.0))
@@ -71,10 +72,12 @@ def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings) -> d
     Raises:
         ValueError: As `tl_stream.find_budget`, `vertical_scores` and `suppression`.
     """
-    by_trace = [sparse_models(model, trace, settings) for trace in traces]
+    candidate = paper(settings.block)
+    searches = [candidate.search(model, trace.tokens) for trace in traces]
+    by_trace = [sparse_models(candidate.name, search, settings) for search in searches]
     rows = [
-        fidelity_row(model, trace, name, config)
-        for trace, configs in zip(traces, by_trace, strict=True)
+        {**fidelity_row(model, trace, name, config), "matched": search.criterion if name == candidate.name else "not searched"}
+        for trace, search, configs in zip(traces, searches, by_trace, strict=True)
         for name, config in configs.items()
     ]
     return {
@@ -84,12 +87,10 @@ def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings) -> d
     }
 
 
-def sparse_models(model: Any, trace: Trace, settings: TraceSettings) -> dict[str, StreamConfig]:
+def sparse_models(searched: str, search: BudgetSearch, settings: TraceSettings) -> dict[str, StreamConfig]:
     """The configs to compare on one trace."""
-    candidate = paper(settings.block)
-    found = candidate.search(model, trace.tokens).config
-    assert found is not None, "a budget that covers everything is the dense model"
-    return {candidate.name: found, f"ours, b = {settings.ours.block_k}": settings.ours}
+    assert search.config is not None, "a budget that covers everything is the dense model"
+    return {searched: search.config, f"ours, b = {settings.ours.block_k}": settings.ours}
 
 
 def fidelity_row(model: Any, trace: Trace, name: str, config: StreamConfig) -> dict[str, Any]:

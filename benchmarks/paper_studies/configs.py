@@ -14,6 +14,7 @@ import tl_stream
 from tl_stream import StreamConfig
 from tl_stream.budget import Sqrt
 from tl_stream.fidelity import BudgetSearch
+from tl_stream.fidelity.runs import WHITE_SPACE
 
 MATCH = 2
 DENSE_LAYERS = 3  # the paper leaves "the first" dense and this many are our choice
@@ -35,9 +36,12 @@ class Candidate:
     most: Callable[[int], int]
 
     def search(self, model: Any, tokens: Tensor) -> BudgetSearch:
-        """The smallest budget with which greedy generation gives the dense model's next two tokens, as in the paper."""
+        """The smallest budget with which greedy generation gives the dense model's next two tokens that carry text.
+
+        (The paper's two tokens, without white space: with many tokenizers they would be a space and a digit.)
+        """
         config = self.vary(1)
-        most = self.most(-(-(tokens.shape[1] + MATCH) // config.block_k))
+        most = self.most(-(-(tokens.shape[1] + MATCH + WHITE_SPACE) // config.block_k))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* larger ones fail", category=UserWarning)  # the rows say so
             return tl_stream.find_budget(model, tokens, MATCH, config=config, over=self.vary, high=most)

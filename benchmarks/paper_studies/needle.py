@@ -2,8 +2,8 @@
 
 For each length:
 
-1. Each candidate's smallest budget with which the next two tokens are the dense model's, in a text for each depth, none of
-   which is used again: what it prunes, and what the row that gives the answer keeps of its full softmax.
+1. Each candidate's smallest budget with which the next two tokens that carry text are the dense model's, in a text for each
+   depth, none of which is used again: what it prunes, and what the row that gives the answer keeps of its full softmax.
 2. Greedy answers with these budgets to other texts, at all depths, beside the dense model's; and how much of the dense model's
    attention to the needle lies on kept blocks.
 
@@ -104,6 +104,7 @@ def searched(model: Any, candidate: Candidate, tokens: Tensor) -> tuple[StreamCo
         "k": budget_of(config),
         "pruned": None if best is None else best.pruned,
         "mass kept, answer's row": None if config is None else answer_mass(model, tokens, config),
+        "matched": search.criterion,
         "budgets tried": len(search.evaluations),
         "larger ones do, too": search.is_monotone,
         "exact for": "the sparse model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tl_stream.analysis.flip_result import Flip, FlipRun
 from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
-from tl_stream.fidelity.runs import dense_config, greedy_tokens
+from tl_stream.fidelity.runs import dense_config, greedy_answers, thin_answers
 from tl_stream.recheck import recheck
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
@@ -38,8 +39,10 @@ class Case:
             raise ValueError(f"position was {position}; expected one from 0 to the prompt's {length} tokens.")
         self.dense = dense_config(config)
         with sparse(model, self.dense, logits_to_keep=1):
-            tokens = greedy_tokens(model, prompt, match)
-        self.answer = tokens[0].clone()  # generate() gives an inference tensor
+            answers = greedy_answers(model, prompt, match, n_ctx - length - n_tokens)
+        for said in thin_answers(model.tokenizer, answers, match):
+            warnings.warn(f"The dense answer to a prompt says little: {said}.", stacklevel=4)  # find_flips, below torch.no_grad
+        self.answer = torch.tensor(answers[0], device=prompt.device)
 
     def text(self, inserted: Int[Tensor, "candidate token"] | None) -> Int[Tensor, "candidate pos"]:
         """The prompt with tokens inserted (None: without), and the answer but for its last token."""
@@ -74,15 +77,20 @@ class Case:
         assert isinstance(cache, SparseActivationCache)
         (alone,) = cache.audit(rows=n, sample=0).answers
         (rows,) = recheck(self.model, text, cache, rows=n, sample=0).answers
-        assert rows.lead is not None
-        assert rows.reread is not None
-        assert rows.doubt is not None
-        worst = rows.doubt.index(max(rows.doubt))
-        lead = min(rows.lead[worst], rows.reread[worst])
-        same = bool(self.margins(logits)[0] >= 0)
-        return FlipRun(k, same, cache.pruned, rows.retained[worst], lead, alone.trusted, rows.trusted)
+        same, least = bool(self.margins(logits)[0] >= 0), min(rows.retained)
+        chances = alone.flip_chance, rows.flip_chance
+        return FlipRun(k, same, cache.pruned, least, *chances, alone.trusted, rows.trusted)
 
-    def examine(self, number: int, inserted: Int[Tensor, " token"], tried: int) -> Flip:
+    def unattacked(self) -> FlipRun:
+        """The sparse model's run without tokens."""
+        k: Any = self.config.k
+        return self.audited(None, k)
+
+    def flipped_alone(self, number: int, unattacked: FlipRun) -> Flip:
+        """The entry of a prompt whose answer the sparse model flips without any tokens."""
+        return Flip(number, tuple(self.answer.tolist()), (), 0, unattacked)
+
+    def examine(self, number: int, unattacked: FlipRun, inserted: Int[Tensor, " token"], tried: int) -> Flip:
         """The table's runs."""
         k: Any = self.config.k
         attacked = self.audited(inserted, k)
@@ -91,8 +99,8 @@ class Case:
             answer=tuple(self.answer.tolist()),
             inserted=tuple(inserted.tolist()),
             tried=tried,
+            sparse=unattacked,
             vanilla=self.audited(inserted, None),
-            sparse=self.audited(None, k),
             k1=self.audited(inserted, k // 2) if k > 1 else None,
             k_adv=attacked,
             k2=None if attacked.same else self._restored(inserted, k),

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from rich.table import Table
 
 from tl_stream.audit import records
-from tl_stream.audit.verdict import DOUBT_THRESHOLD
+from tl_stream.audit.verdict import DOUBT
 from tl_stream.config import StreamConfig
 
 RUNS = ("vanilla", "sparse", "k1", "k_adv", "k2")
@@ -24,19 +24,20 @@ class FlipRun:
         k: Kept key blocks a query block; None: nothing is pruned.
         same: Whether it gives the answer that the dense model gives without inserted tokens.
         pruned: Share of the token pairs dropped, over all layers and heads.
-        retained: Retained mass, mean over layers and heads, of the answer's row that the audit doubts most: from this run
-            alone, exact for its own queries and keys.
-        lead: By how much this run's next token is more probable than any other in that row: there, or where the answer's rows
-            read everything, whichever is less.
-        trusted: Whether the audit of this run alone finds no reason to doubt the answer's rows.
-        rechecked: Whether `tl_stream.recheck`, which takes one more sparse run, finds none either.
+        retained: Retained mass of the answer's row that keeps least, mean over layers and heads: exact for the run's own
+            queries and keys.
+        chance: The chance that dense attention says otherwise in the answer's rows, by the audit of this run alone.
+        chance_rechecked: The same by `tl_stream.recheck`, which takes one more sparse run.
+        trusted: Whether the audit of this run alone trusts the answer's rows.
+        rechecked: Whether the recheck does.
     """
 
     k: int | None
     same: bool
     pruned: float
     retained: float
-    lead: float
+    chance: float
+    chance_rechecked: float
     trusted: bool
     rechecked: bool
 
@@ -49,10 +50,10 @@ class Flip:
         prompt: Its index.
         answer: What the dense model says next, without inserted tokens.
         inserted: The tokens after which the sparse model says something else while the dense one doesn't; or, where none were
-            found, those that came nearest.
+            found, those that came nearest. Empty: the sparse model says something else without any.
         tried: How many insertions were tried.
-        vanilla: The dense model, with the tokens.
-        sparse: The sparse model, without them.
+        sparse: The sparse model, without tokens.
+        vanilla: The dense model, with the tokens; None, as all below: none were tried.
         k1: The sparse model, with them, at half the budget; None: there is no smaller one.
         k_adv: The sparse model, with them, at the budget that was attacked.
         k2: The same at the first larger budget (doubling) that gives the answer again; None: only the full one does.
@@ -62,16 +63,18 @@ class Flip:
     answer: tuple[int, ...]
     inserted: tuple[int, ...]
     tried: int
-    vanilla: FlipRun
     sparse: FlipRun
-    k1: FlipRun | None
-    k_adv: FlipRun
-    k2: FlipRun | None
+    vanilla: FlipRun | None = None
+    k1: FlipRun | None = None
+    k_adv: FlipRun | None = None
+    k2: FlipRun | None = None
 
     @property
     def found(self) -> bool:
-        """Whether the inserted tokens make the sparse model answer differently, and leave the dense one's answer."""
-        return self.vanilla.same and not self.k_adv.same
+        """Whether the inserted tokens alone make the sparse model answer differently, and leave the dense one's answer."""
+        if self.vanilla is None or self.k_adv is None:
+            return False
+        return self.sparse.same and self.vanilla.same and not self.k_adv.same
 
     @property
     def is_artefact(self) -> bool:
@@ -138,24 +141,25 @@ class Flips:
         return pandas.DataFrame(rows)
 
     def plot(self) -> go.Figure:
-        """What every sparse run lost, against its lead; the audit doubts those above the line."""
+        """The chance of another answer that the audit gives every sparse run; rechecked, it doubts those above the line."""
         made = go.Figure()
         for name, same in (("the dense answer", True), ("another answer", False)):
             runs = [run for run in self.sparse_runs if run.same == same]
-            lost = [1 - run.retained for run in runs]
-            said = [f"k = {run.k}" for run in runs]
-            made.add_scatter(x=[run.lead for run in runs], y=lost, text=said, name=name, mode="markers")
-        made.add_scatter(x=[0, 1], y=[0, DOUBT_THRESHOLD], name="the audit's threshold", mode="lines")
+            alone, again = [run.chance for run in runs], [run.chance_rechecked for run in runs]
+            made.add_scatter(x=alone, y=again, text=[f"k = {run.k}" for run in runs], name=name, mode="markers")
+        made.add_scatter(x=[0, 1], y=[DOUBT, DOUBT], name="doubted above", mode="lines")
         return made.update_layout(
             title=f"Flips by {self.method}: {self._found()}",
-            xaxis_title="lead of the next token in the answer's worst row, the lesser of before and after a recheck",
-            yaxis_title="lost mass in that row",
+            xaxis_title="chance that dense attention says otherwise, from the run alone",
+            yaxis_title="the same, rechecked",
             template="plotly_white",
         )
 
     def _found(self) -> str:
         artefacts = sum(flip.is_artefact for flip in self.prompts)
-        return f"{sum(flip.found for flip in self.prompts)} of {len(self.prompts)} flipped, {artefacts} by sparsity alone"
+        flipped, alone = sum(flip.found for flip in self.prompts), sum(not flip.sparse.same for flip in self.prompts)
+        said = f"tokens flipped {flipped} of {len(self.prompts)} prompts ({artefacts} by sparsity alone)"
+        return f"{said}; {alone} flip without tokens"
 
     def _doubted(self, same: bool, recheck: bool) -> float | None:
         return _share([not (run.rechecked if recheck else run.trusted) for run in self.sparse_runs if run.same == same])
@@ -184,7 +188,8 @@ def _said(run: FlipRun | None) -> str:
 
 
 def _verdict(flip: Flip) -> str:
+    if not flip.sparse.same:
+        return "flips without tokens"
     if not flip.found:
         return "not flipped"
-    verdict = "flipped by sparsity alone" if flip.is_artefact else "flipped"
-    return verdict if flip.sparse.same else f"{verdict}, without tokens too"
+    return "flipped by sparsity alone" if flip.is_artefact else "flipped"

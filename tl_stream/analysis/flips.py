@@ -2,8 +2,9 @@
 
 Sparse attention drops a little of what is read, and that little can decide an answer. How easily, a search says: over
 tokens inserted at the start of a prompt, at random, or along the gradient (greedy coordinate gradient: Zou et al. 2023,
-arXiv:2307.15043, section 2). The dense model must answer as it does without them. What was found is then run again at half
-the budget and at growing ones: a flip is an artefact of sparsity if it is still there below, and gone above.
+arXiv:2307.15043, section 2). The dense model must answer as it does without them, and so must the sparse model without them:
+what it flips on its own is no work of tokens, and no tokens are searched for. What was found is then run again at half the
+budget and at growing ones: a flip is an artefact of sparsity if it is still there below, and gone above.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def find_flips(
         model: A causal HookedTransformer or TransformerBridge.
         prompts: Texts, or token tensors `[pos]` or `[1, pos]`.
         config: The sparse model; `k` must be a number of blocks.
-        match: How many tokens of greedy generation make the answer.
+        match: How many tokens that carry text make the answer, as in `find_budget`.
         n_tokens: How many tokens are inserted.
         method: `"random"`, or `"gcg"`: single tokens are exchanged along the gradient.
         trials: The most insertions to try on a prompt.
@@ -58,12 +59,16 @@ def find_flips(
         progress: Show a progress bar.
 
     Returns:
-        One entry a prompt, also where no flip was found: then the insertion that came nearest to one.
+        One entry a prompt, also where no flip was found: then the insertion that came nearest to one; or none, where the sparse
+        model answers otherwise without any.
 
     Raises:
         TypeError: A `k` that is no number, or a prompt that is neither text nor tokens.
         ValueError: No prompts, an unknown method, a number below 1, a position outside a prompt, an empty vocabulary, or a
             prompt that is too long with what is added to it.
+
+    Warns:
+        UserWarning: Fewer than `match` tokens of a dense answer carry text.
     """
     _check(prompts, config, method, vocabulary, match=match, n_tokens=n_tokens, trials=trials, batch_size=batch_size)
     ids = torch.tensor(_vocabulary(model) if vocabulary is None else list(vocabulary))
@@ -71,9 +76,12 @@ def find_flips(
     for i, prompt in enumerate(tqdm(prompts, desc="find_flips", unit="prompt", disable=not progress)):
         generator = torch.Generator().manual_seed(seed + i)
         case = Case(model, as_prompt(model, prompt), config, match, n_tokens, position)
-        proposer = METHODS[method](case, ids, generator)
-        inserted, tried = _search(case, proposer, trials, batch_size)
-        found.append(case.examine(i, inserted, tried))
+        unattacked = case.unattacked()
+        if unattacked.same:
+            inserted, tried = _search(case, METHODS[method](case, ids, generator), trials, batch_size)
+            found.append(case.examine(i, unattacked, inserted, tried))
+        else:
+            found.append(case.flipped_alone(i, unattacked))
     return Flips(tuple(found), config, method)
 
 

@@ -4,8 +4,8 @@
 2. Rows drawn without replacement from the others, exactly; an interval for the mean over all rows (`interval`). Rows that
    dropped nothing are known to keep everything, and aren't drawn.
 3. Every row, by a few of the keys that it dropped (`estimate`): an estimate, with its error in the rows of 1 and 2.
-4. A verdict on every head, and on the chosen rows (`verdict`). It may be told what those rows say when they read everything
-   (`tl_stream.recheck`, one more sparse run).
+4. A verdict on every head; and on the chosen rows the chance that dense attention says otherwise (`verdict`). It may be told
+   what a recheck says there (`tl_stream.recheck`, one more sparse run).
 
 All of that compares with the softmax of the sparse run's own q and k. In the first layer those are the dense model's; later
 ones already carry what earlier layers lost.
@@ -14,7 +14,7 @@ ones already carry what earlier layers lost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from tl_stream.audit.estimate import estimated_mass
 from tl_stream.audit.interval import mean_interval
 from tl_stream.audit.result import Audit, HeadAudit, RowsAudit
 from tl_stream.audit.rows import SoftmaxRows
-from tl_stream.audit.verdict import head_reasons, rows_reasons
+from tl_stream.audit.verdict import flip_chances, head_reasons
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.retained import kept_lse
@@ -74,6 +74,7 @@ class _Layer(NamedTuple):
         chosen: The rows asked for, as positions.
         exact: Their retained mass.
         others: The other rows that count.
+        estimate: Estimated retained mass of every row.
     """
 
     softmax: SoftmaxRows
@@ -81,6 +82,7 @@ class _Layer(NamedTuple):
     chosen: Int[Tensor, " row"]
     exact: Float[Tensor, "head_index row"]
     others: Int[Tensor, " other"]
+    estimate: Float[Tensor, "head_index query_pos"]
 
     @classmethod
     def of(cls, pattern: BlockSparseTensor | JoinedTensor, text: int, rows: int | Sequence[int]) -> _Layer:
@@ -90,7 +92,12 @@ class _Layer(NamedTuple):
         counted = shown[softmax.counted()[0, shown]]
         chosen = counted[-rows:] if isinstance(rows, int) else _picked(shown, rows)
         others = counted[~torch.isin(counted, chosen)]
-        return cls(softmax, lse, chosen, softmax.retained(chosen)[0], others)
+        return cls(softmax, lse, chosen, softmax.retained(chosen)[0], others, estimated_mass(softmax, lse)[0])
+
+    @property
+    def counted(self) -> Int[Tensor, " row"]:
+        """All rows that count."""
+        return torch.cat([self.others, self.chosen])
 
     def heads(self, text: int, layer: int, sample: int, confidence: float, generator: torch.Generator) -> list[HeadAudit]:
         """What there is to say of each head."""
@@ -98,10 +105,8 @@ class _Layer(NamedTuple):
         drawn = pruned[torch.randperm(len(pruned), generator=generator)[:sample].to(pruned.device)]
         draws = self.softmax.retained(drawn)[0]
         low, high = self._mean_bounds(*mean_interval(draws.cpu(), len(pruned), confidence), len(pruned))
-        estimate = estimated_mass(self.softmax, self.lse)[0]
         known = torch.cat([self.chosen, drawn])
-        error = (estimate[:, known] - torch.cat([self.exact, draws], -1)).abs().mean(-1)
-        everything = torch.cat([self.others, self.chosen])
+        error = (self.estimate[:, known] - torch.cat([self.exact, draws], -1)).abs().mean(-1)
         return [
             HeadAudit(
                 text=text,
@@ -110,7 +115,7 @@ class _Layer(NamedTuple):
                 retained=tuple(self.exact[head].tolist()),
                 mean_low=float(low[head]),
                 mean_high=float(high[head]),
-                mean_estimated=float(estimate[head, everything].mean()),
+                mean_estimated=float(self.estimate[head, self.counted].mean()),
                 estimate_error=float(error[head]),
                 reasons=head_reasons(self.exact[head], self._numbers, float(high[head]), confidence),
             )
@@ -132,7 +137,10 @@ class _Layer(NamedTuple):
 def _rows_audit(
     text: int, layers: dict[int, _Layer], lead: Float[Tensor, " pos"] | None, reread: Float[Tensor, " row"] | None
 ) -> RowsAudit:
-    """The chosen rows, over all layers and heads."""
+    """The chosen rows, over all layers and heads.
+
+    A row that read everything itself still has in it what earlier rows lost: it counts as all rows do on average.
+    """
     mass = torch.stack([part.exact.mean(0) for part in layers.values()]).mean(0)
     first = next(iter(layers.values()))
     length = first.softmax.layout.mask.query_length
@@ -142,11 +150,14 @@ def _rows_audit(
             f"reread was of the last {len(reread)} positions, but the chosen rows of text {text} are {first._numbers} of "
             f"{length}; expected these among them. Rows of padding count: pad on the left."
         )
-    reasons = rows_reasons(mass, lead, again, first._numbers)
-    return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), _floats(lead), _floats(again), reasons)
+    if reread is not None and lead is None:
+        raise ValueError("reread was given, but the cache knows no next tokens of these rows; expected a run with logits.")
+    overall = torch.stack([part.estimate[:, part.counted].mean() for part in layers.values()]).mean()
+    chances = flip_chances(1 - torch.where(mass < 1, mass, overall), lead, again)
+    return RowsAudit(text, tuple(first._numbers), *map(_floats, (mass, lead, again, chances)))
 
 
-def _floats(x: Tensor | None) -> tuple[float, ...] | None:
+def _floats(x: Tensor | None) -> Any:
     return None if x is None else tuple(x.tolist())
 
 

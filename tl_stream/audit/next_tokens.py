@@ -17,7 +17,7 @@ class NextTokens(NamedTuple):
 
     Attributes:
         token: The most likely next token, `[batch, pos]`.
-        lead: By how much it is more probable than any other, likewise.
+        lead: By how much its logit exceeds any other's, likewise.
     """
 
     token: Int[Tensor, "batch pos"]
@@ -40,7 +40,7 @@ class NextTokens(NamedTuple):
         return NextTokens(self.token[chosen], self.lead[chosen])
 
     def reread(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch known"]:
-        """By how much the same tokens are more probable than any other in other logits of the last positions.
+        """By how much the same tokens' logits exceed all others in other logits of the last positions.
 
         Negative where these say something else. On the logits' device; a loaded cache's tokens are on the CPU.
         """
@@ -49,7 +49,6 @@ class NextTokens(NamedTuple):
 
 
 def lead(logits: Float[Tensor, "batch pos d_vocab"], token: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-    """By how much a token is more probable than any other."""
-    probability, index = logits.float().softmax(-1), token[..., None]
-    others = probability.scatter(-1, index, 0.0).amax(-1)
-    return probability.gather(-1, index)[..., 0] - others
+    """By how much a token's logit exceeds any other's: the log of how many times as probable it is."""
+    wide, index = logits.float(), token[..., None]
+    return wide.gather(-1, index)[..., 0] - wide.scatter(-1, index, -torch.inf).amax(-1)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import pandas
-import torch
 from rich.table import Table
 
 from tl_stream.audit import records
-from tl_stream.audit.verdict import lost_per_lead
+from tl_stream.audit.verdict import DOUBT
 
 _ESTIMATE = "Estimates (~) are no bounds; beside them their mean error in the rows that are known exactly."
 
@@ -56,11 +56,12 @@ class RowsAudit:
         text: Index in the batch.
         rows: Query positions, as the cached patterns number them.
         retained: Retained mass of each row, mean over all cached layers and heads, exact.
-        lead: By how much the run's own most likely next token is more probable than the second, in each row; None: it isn't
+        lead: By how much the logit of the run's own most likely next token exceeds all others, in each row; None: it isn't
             known for all of them (the run gave no logits, or the rows are too far from the text's end).
-        reread: The lead of these same tokens where these rows read everything, in each row; negative: another token is more
-            probable there. None: not rechecked (`tl_stream.recheck` does it).
-        reasons: Why not to trust what the model computes there; empty: no reason found.
+        reread: The lead of these same tokens in a recheck (`tl_stream.recheck`), in each row; negative: another token is more
+            likely there. None: there was none.
+        chances: The chance that dense attention says otherwise, in each row: that its most likely next token is another one,
+            given the text up to there. From the most that is known: `reread`, or `lead` and what was lost, or that alone.
     """
 
     text: int
@@ -68,21 +69,26 @@ class RowsAudit:
     retained: tuple[float, ...]
     lead: tuple[float, ...] | None
     reread: tuple[float, ...] | None
-    reasons: tuple[str, ...]
+    chances: tuple[float, ...]
+
+    @property
+    def flip_chance(self) -> float:
+        """The chance that dense attention says otherwise in any of these rows; NaN where no row counts."""
+        return 1 - math.prod(1 - chance for chance in self.chances) if self.chances else math.nan
 
     @property
     def trusted(self) -> bool:
-        """Whether no reason was found not to trust these rows."""
-        return not self.reasons
+        """Whether that chance is at most `tl_stream.audit.verdict.DOUBT`."""
+        return self.flip_chance <= DOUBT
 
     @property
-    def doubt(self) -> tuple[float, ...] | None:
-        """Lost mass / lead of each row, what the verdict goes by where the lead is known: small where little is lost, and
-        where the model is sure enough for that not to matter. The lead is the lesser one, if rows were reread."""
-        if self.lead is None:
-            return None
-        reread = None if self.reread is None else torch.tensor(self.reread)
-        return tuple(lost_per_lead(torch.tensor(self.retained), torch.tensor(self.lead), reread).tolist())
+    def said(self) -> str:
+        """The verdict in words."""
+        if not self.rows:
+            return "no chosen row counts: all of them are padding"
+        rows = f"row {self.rows[0]}" if len(self.rows) == 1 else f"rows {self.rows[0]} to {self.rows[-1]}"
+        source = "from this run alone, which tells little: recheck it" if self.reread is None else "rechecked"
+        return f"{self.flip_chance:.0%} chance that dense attention says otherwise in {rows} ({source})"
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Audit:
             )
             for head in self.heads
         ]
-        answers = "\n".join(self._said(answer) for answer in self.answers)
+        answers = "\n".join(f"Text {answer.text}: {answer.said}" for answer in self.answers)
         return records.table("Retained mass of the full softmax", header, cells, f"{answers}\n{_ESTIMATE}")
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -137,16 +143,12 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data."""
         plain = records.record(self)
-        return {**plain, "heads": [records.record(x) for x in self.heads], "answers": [records.record(x) for x in self.answers]}
+        return {
+            **plain,
+            "heads": [records.record(x) for x in self.heads],
+            "answers": [{**records.record(x), "flip_chance": x.flip_chance} for x in self.answers],
+        }
 
     def __repr__(self) -> str:
-        answers = "; ".join(self._said(answer) for answer in self.answers)
+        answers = "; ".join(f"Text {answer.text}: {answer.said}" for answer in self.answers)
         return f"Audit({len(self.doubtful)} of {len(self.heads)} heads doubtful; {answers})"
-
-    @staticmethod
-    def _said(answer: RowsAudit) -> str:
-        return f"Text {answer.text}: " + ("; ".join(answer.reasons) or f"no reason to doubt {_listed(answer.rows)}")
-
-
-def _listed(rows: tuple[int, ...]) -> str:
-    return f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"

@@ -1,8 +1,21 @@
-"""When retained mass is too little to trust, and the words for it."""
+"""The chance that dense attention says otherwise than a sparse run did, and the words for it.
+
+A logistic function of what is known, from most to least:
+
+1. The lead that the run's next token has in a recheck (`tl_stream.recheck`), against how far that moved it. Negative: the
+   recheck says something else.
+2. The lead in the run itself, and the share of attention that it lost.
+3. That share alone.
+
+The coefficients are from `benchmarks/verdict.py`: maximum likelihood on next tokens of SmolLM2-135M-Instruct (`verdict.jsonl`).
+How well they are calibrated on models that did not choose them is in docs/measurements.md: well with a recheck; without one
+they say little more than how unsure the model is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -10,12 +23,25 @@ from torch import Tensor
 
 # A head that keeps less than this shows less than half of what it reads.
 HEAD_THRESHOLD = 0.5
-# Of a row: its retained mass, mean over all layers and heads; where the run's logits are known, `lost_per_lead`. Chosen by
-# benchmarks/audit_roc.py on the bundled model (default, recency and random blocks): those that flag the most flipped answers
-# and at most a tenth of the others. What they do on texts that didn't choose them, with the paper's choice of blocks, too, and
-# rechecked: docs/measurements.md. Another model may need others.
-ROW_THRESHOLD = 0.585
-DOUBT_THRESHOLD = 0.43
+# An answer is doubted where the chance that dense attention says otherwise is above this.
+DOUBT = 0.2
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """A chance whose log-odds are `intercept + slopes . x`."""
+
+    intercept: float
+    slopes: tuple[float, ...]
+
+    def __call__(self, *known: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+        odds = torch.stack([slope * x.double() for slope, x in zip(self.slopes, known, strict=True)]).sum(0)
+        return (self.intercept + odds).sigmoid()
+
+
+RECHECKED = Logistic(0.06, (-4.42,))  # of `settled`
+ALONE = Logistic(2.76, (-0.86, 2.45))  # of the lead, log(lost mass)
+BY_MASS = Logistic(2.01, (2.89,))  # of log(lost mass)
 
 
 def head_reasons(exact: Float[Tensor, " row"], rows: Sequence[int], mean_high: float, confidence: float) -> tuple[str, ...]:
@@ -35,49 +61,25 @@ def head_reasons(exact: Float[Tensor, " row"], rows: Sequence[int], mean_high: f
     return tuple(reasons)
 
 
-def lost_per_lead(
-    mass: Float[Tensor, " row"], lead: Float[Tensor, " row"], reread: Float[Tensor, " row"] | None = None
+def settled(lead: Float[Tensor, " row"], reread: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """The lead in a recheck against how far that moved it: what moved far may move on. Of several forms the best on SmolLM2."""
+    return reread / (0.05 + (reread - lead).abs()).sqrt()
+
+
+def flip_chances(
+    lost: Float[Tensor, " row"], lead: Float[Tensor, " row"] | None, reread: Float[Tensor, " row"] | None
 ) -> Float[Tensor, " row"]:
-    """Lost mass / the lesser lead: 0 where nothing is lost, however unsure the model is; infinite without any lead."""
-    lost = (1 - mass).clamp(min=0)
-    least = lead if reread is None else torch.minimum(lead, reread)
-    return torch.where(lost > 0, lost / least.clamp(min=0), lost)
-
-
-def rows_reasons(
-    mass: Float[Tensor, " row"],
-    lead: Float[Tensor, " row"] | None,
-    reread: Float[Tensor, " row"] | None,
-    rows: Sequence[int],
-) -> tuple[str, ...]:
-    """Why not to trust what the model computes in the chosen rows.
+    """The chance that dense attention gives another most likely next token; 0 where nothing was lost.
 
     Args:
-        mass: Retained mass of each, mean over layers and heads.
-        lead: By how much the most likely next token is more probable than the second, in each; None: not known.
-        reread: The same token's lead where these rows read everything; None: not known.
-        rows: Their positions.
+        lost: The share of attention that was lost, of each row.
+        lead: By how much the logit of the run's next token exceeds all others; None: not known.
+        reread: The same token's lead in a recheck; None: there was none.
     """
-    if not len(mass):
-        return ("no chosen row counts: all of them are padding",)
-    if lead is None:
-        worst = int(mass.argmin())
-        doubtful, why = float(mass[worst]) < ROW_THRESHOLD, f"below {ROW_THRESHOLD:.1%}"
+    if lead is not None and reread is not None:
+        chances = RECHECKED(settled(lead, reread))
+    elif lead is not None:
+        chances = ALONE(lead, lost.log())
     else:
-        doubt = lost_per_lead(mass, lead, reread)
-        worst = int(doubt.argmax())
-        doubtful, why = float(doubt[worst]) > DOUBT_THRESHOLD, _unsure(lead, reread, worst)
-    if not doubtful:
-        return ()
-    return (f"row {rows[worst]} keeps {float(mass[worst]):.1%} over all heads, {why}; the dense model may answer otherwise",)
-
-
-def _unsure(lead: Float[Tensor, " row"], reread: Float[Tensor, " row"] | None, row: int) -> str:
-    if reread is not None and float(reread[row]) <= 0:
-        return "and its next token is another one when it reads everything"
-    by = (
-        f"{float(lead[row]):.1%}"
-        if reread is None
-        else f"{float(lead[row]):.1%}, or {float(reread[row]):.1%} when it reads everything"
-    )
-    return f"and its next token leads by {by}: more than {DOUBT_THRESHOLD:g} of that is lost"
+        chances = BY_MASS(lost.log())
+    return torch.where(lost > 0, chances, 0.0)

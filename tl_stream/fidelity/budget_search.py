@@ -3,8 +3,8 @@
 Stream takes the smallest k with which greedy generation gives the dense model's next two tokens (Rosser et al. 2025,
 arXiv:2510.19875, section 3). Here:
 
-1. The dense model runs once, streamed with a full layout: no T x T tensor. For a total it is measured there, too, what the
-   best blocks of each head hold.
+1. The dense model runs once, streamed with a full layout: no T x T tensor. Its answer is compared up to the second token that
+   carries text: a space before it says nothing. For a total it is measured there, too, what the best blocks of each head hold.
 2. The budget doubles from the smallest until the criterion is met: O(log k) runs.
 3. Bisection between the last one that failed and the first that met it: O(log k) runs.
 4. The neighbours of what was found are tried, too. The criterion need not be monotone: more blocks can also mislead. What
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from tl_stream.config import StreamConfig, as_config
 from tl_stream.fidelity.budget_result import BudgetSearch, Evaluation
 from tl_stream.fidelity.criteria import METRICS, Criterion, Metric, SameTokens, SmallMetric
-from tl_stream.fidelity.runs import dense_config
+from tl_stream.fidelity.runs import WHITE_SPACE, dense_config, thin_answers
 from tl_stream.fidelity.searched import Choose, Searched
 from tl_stream.hosts.hooks import as_prompt
 
@@ -48,7 +48,9 @@ def find_budget(
     Args:
         model: A causal HookedTransformer or TransformerBridge.
         tokens: The prompt: `[batch, pos]` or `[pos]`, or text. All texts of a batch have to meet the criterion.
-        match: How many tokens of greedy generation have to be the dense model's. (Not used with a `metric`.)
+        match: How many tokens that carry text have to be the dense model's in greedy generation, with those of white space
+            before and between them; `criterion` of the result quotes them. An end-of-text token ends what is compared, and
+            without a tokenizer every token counts. (Not used with a `metric`.)
         metric: Instead: `"kl"`, `"logit_difference"` or a function of the sparse and the dense model's logits at the last
             position, `[batch, 1, d_vocab]`; smaller is better.
         threshold: The largest value of the metric that will do.
@@ -73,16 +75,22 @@ def find_budget(
             threshold, an unknown one or one that gives NaN.
 
     Warns:
-        UserWarning: A larger budget failed than the one found.
+        UserWarning: A larger budget failed than the one found; or fewer than `match` of the tokens compared carry text.
     """
     config = as_config(config)
     _check_config(config)
     prompt = as_prompt(model, tokens)
     _check_match(match, prompt, model.cfg.n_ctx)
-    steps = 0 if metric is not None else match - 1
+    steps = 0 if metric is not None else min(match + WHITE_SPACE, model.cfg.n_ctx - prompt.shape[1]) - 1
     searched = Searched.of(over, model, config, -(-(prompt.shape[1] + steps) // config.block_k)).within(low, high)
     with nullcontext() if searched.shares is None else searched.shares.measured(model):
         criterion = _criterion(model, prompt, match, metric, threshold, dense_config(config))
+    for said in thin_answers(model.tokenizer, criterion.dense_tokens or (), match):
+        warnings.warn(
+            f"The criterion ({criterion.description}) says little: {said}. A budget that matches white space or an early end "
+            "may lose the answer; look at the prompt, or give a metric.",
+            stacklevel=3,  # torch.no_grad adds a frame
+        )
     with tqdm(desc="find_budget", disable=not progress, unit="run") as bar:
         tried = _Tried(criterion, searched, bar)
         _search(tried, searched.low, searched.high)

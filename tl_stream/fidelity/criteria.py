@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.budget_result import Evaluation, Tokens
 from tl_stream.fidelity.pairs import PromptPairs
-from tl_stream.fidelity.runs import greedy_tokens
+from tl_stream.fidelity.runs import greedy_answers, greedy_tokens
 from tl_stream.tracing import sparse
 
 Logits = Float[Tensor, "batch pos d_vocab"]
@@ -31,6 +31,8 @@ def logit_difference(sparse_logits: Logits, dense_logits: Logits) -> float:
     dense, found = (-logits.gather(-1, best).diff(dim=-1) for logits in (dense_logits, sparse_logits))
     return (found - dense).abs().mean().item()
 
+
+SHOWN = 3  # texts whose answers a description quotes
 
 METRICS: dict[str, Metric] = {"kl": kl, "logit_difference": logit_difference}
 
@@ -51,23 +53,35 @@ class Criterion(Protocol):
 
 
 class SameTokens:
-    """The next tokens of greedy generation are the dense model's (Rosser et al. 2025, arXiv:2510.19875, section 3)."""
+    """The next tokens of greedy generation are the dense model's (Rosser et al. 2025, arXiv:2510.19875, section 3).
+
+    The paper compares the next two tokens, which with many tokenizers are a space and a digit. Compared here are as many as
+    the dense model needs for `n` that carry text (`greedy_answers`).
+    """
 
     def __init__(self, model: Any, prompt: Int[Tensor, "batch pos"], n: int, dense: StreamConfig) -> None:
-        self.model, self.prompt, self.n = model, prompt, n
-        self.description = f"the next {n} tokens are the dense model's"
-        self.dense_tokens: Tokens | None = self._generate(dense)[0]
+        self.model, self.prompt = model, prompt
+        with sparse(model, dense, logits_to_keep=1):
+            answers = greedy_answers(model, prompt, n, model.cfg.n_ctx - prompt.shape[1])
+        self.dense_tokens: Tokens | None = answers
+        self.description = _described(model.tokenizer, answers)
 
     def evaluate(self, budget: int, config: StreamConfig) -> Evaluation:
         """Generate with one budget."""
-        tokens, pruned = self._generate(config)
-        return Evaluation(budget, pruned, tokens == self.dense_tokens, tokens=tokens)
-
-    def _generate(self, config: StreamConfig) -> tuple[Tokens, float]:
-        pairs = PromptPairs()
+        assert self.dense_tokens is not None
+        pairs, steps = PromptPairs(), max(map(len, self.dense_tokens))
         with sparse(self.model, config, logits_to_keep=1), pairs.counted(self.model):
-            tokens = greedy_tokens(self.model, self.prompt, self.n)
-        return tuple(tuple(row) for row in tokens.tolist()), pairs.pruned
+            rows = greedy_tokens(self.model, self.prompt, steps).tolist()
+        tokens = tuple(tuple(row[: len(dense)]) for row, dense in zip(rows, self.dense_tokens, strict=True))
+        return Evaluation(budget, pairs.pruned, tokens == self.dense_tokens, tokens=tokens)
+
+
+def _described(tokenizer: Any, answers: Tokens) -> str:
+    numbers = sorted(set(map(len, answers)))
+    number = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    tokens = "token is" if numbers == [1] else f"{number} tokens are"
+    said = "" if tokenizer is None else f": {', '.join(repr(tokenizer.decode(answer)) for answer in answers[:SHOWN])}"
+    return f"the next {tokens} the dense model's{said}{', ...' if said and len(answers) > SHOWN else ''}"
 
 
 class SmallMetric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from tl_stream.hosts.unembedding import without_logits
 from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
+WHITE_SPACE = 8  # how many tokens an answer may have beside those that carry text
 _POINTS = ("hook_pattern", "hook_z", "hook_resid_post")
 
 
@@ -38,6 +40,44 @@ def greedy_tokens(model: Any, prompt: Int[Tensor, "batch pos"], steps: int) -> I
     """The `steps` new tokens that a model generates greedily, also after an EOS."""
     output = model.generate(prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, verbose=False)
     return output[:, prompt.shape[1] :]
+
+
+def greedy_answers(model: Any, prompt: Int[Tensor, "batch pos"], n: int, at_most: int) -> tuple[tuple[int, ...], ...]:
+    """What a model answers greedily, by text: up to the n-th token that carries text, or the one that ends the text.
+
+    Tokens of white space, with which many tokenizers begin an answer, say nothing yet. Without a tokenizer every token counts.
+
+    Args:
+        model: The model, as it is to run.
+        prompt: The texts.
+        n: How many tokens with text make the answer.
+        at_most: How many tokens fit behind the prompt; an answer has no more, and at most `WHITE_SPACE` more than n.
+    """
+    steps = n if model.tokenizer is None else min(n + WHITE_SPACE, at_most)
+    return tuple(_answer(model.tokenizer, row, n) for row in greedy_tokens(model, prompt, steps).tolist())
+
+
+def _answer(tokenizer: Any, tokens: list[int], n: int) -> tuple[int, ...]:
+    if tokenizer is None:
+        return tuple(tokens[:n])
+    for i, token in enumerate(tokens):
+        n -= _carries_text(tokenizer, token)
+        if n == 0 or token == tokenizer.eos_token_id:
+            return tuple(tokens[: i + 1])
+    return tuple(tokens)
+
+
+def thin_answers(tokenizer: Any, answers: Sequence[tuple[int, ...]], n: int) -> Iterator[str]:
+    """The answers of fewer than n tokens that carry text, in words."""
+    for i, answer in enumerate(() if tokenizer is None else answers):
+        number = sum(_carries_text(tokenizer, token) for token in answer)
+        if number < n:
+            yield f"{number} of the {len(answer)} tokens {tokenizer.decode(answer)!r} of text {i} carry text, not {n}"
+
+
+def _carries_text(tokenizer: Any, token: int) -> bool:
+    """Whether a token is more than white space, and no special token."""
+    return bool(tokenizer.decode([token], skip_special_tokens=True).strip())
 
 
 @dataclass(frozen=True, eq=False)
