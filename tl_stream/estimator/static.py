@@ -23,7 +23,7 @@ def window_masses(problem: Problem, k: int) -> Candidates:
 
 
 def random_masses(problem: Problem, generator: torch.Generator) -> Candidates:
-    """Every block that the mask leaves, with a random mass."""
+    """Every block that the mask leaves, with a random mass: the same one in every text, so that a batch is its texts."""
     blocks, used = problem.readable_blocks()
-    masses = torch.rand(blocks.shape, generator=generator, device=generator.device).to(blocks.device)
-    return blocks, masses.masked_fill(~used, -1.0)
+    masses = torch.rand(blocks.shape[1:], generator=generator, device=generator.device).to(blocks.device)
+    return blocks, masses.expand(blocks.shape).masked_fill(~used, -1.0)
