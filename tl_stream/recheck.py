@@ -69,7 +69,9 @@ def recheck(
         )
     dense = max(rows, cache.config.dense_queries)
     kept = rows + max((pattern.block_layout.mask.padding_behind() for pattern in cache.patterns.values()), default=0)
-    with sparse(model, replace(cache.config, layout_from=cache, dense_queries=dense), logits_to_keep=kept):
+    # With decode="exact" a run of one row would not be asked whether it is of the cache's size.
+    config = replace(cache.config, layout_from=cache, dense_queries=dense, decode="sparse")
+    with sparse(model, config, logits_to_keep=kept):
         output = model(text, **kwargs)
     logits = output if isinstance(output, torch.Tensor) else output.logits
     return cache.audit(rows, sample, reread=known.reread(logits), confidence=confidence, seed=seed)
