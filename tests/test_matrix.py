@@ -1,7 +1,7 @@
 """Every feature of a run crossed with every analysis: each cell is right by an oracle, or refused by name.
 
-The oracle is the dense model whose scores are masked with `block_layout.to_dense()` (`Reference`); analyses are written out once
-more over its dense patterns. Low precision is compared with the run's own `to_dense()`.
+The oracle is the dense model whose scores are masked with `block_layout.to_dense()` (`Reference`); analyses are written out
+once more over its dense patterns. Low precision is compared with the run's own `to_dense()`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_information_flow import attention_weights, expected_graph
+from test_information_flow import expected_graph
 from test_routes import all_paths
 from torch import Tensor
 from zoo import HAS_HOOKED, build, mask_hooks, tokens
@@ -402,7 +402,6 @@ def audited(t: Traced) -> Found:
     audit, shift = t.cache.audit(sample=10**6), 3 if "pos_slice" in t.kwargs else 0
     pairs: Found = []
     for answer in audit.answers:
-        real = t.real[answer.text, -t.logits.shape[1] :] if not shift else torch.ones(17, dtype=torch.bool)
         n_rows = t.reference.keep[t.layers[0]].shape[-2]
         row = int(t.real[answer.text, -n_rows:].nonzero().max()) if not shift else 19
         mass = torch.stack([retained(t, layer)[answer.text, :, row] for layer in t.layers]).mean()

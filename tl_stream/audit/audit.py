@@ -140,8 +140,8 @@ def _rows_audit(
     if reread is not None and again is None:
         raise ValueError(
             f"reread was of the last {len(reread)} positions, but the chosen rows of text {text} are {first._numbers} of "
-            f"{length}; expected these among them. Rows of padding count (pad on the left), and those that the cache leaves out "
-            "(run without pos_slice)."
+            f"{length}; expected these among them. Rows of padding count (pad on the left), and those that the cache leaves "
+            "out (run without pos_slice)."
         )
     reasons = rows_reasons(mass, lead, again, first._numbers)
     return RowsAudit(text, tuple(first._numbers), tuple(mass.tolist()), _floats(lead), _floats(again), reasons)
