@@ -107,7 +107,7 @@ def saved(cache: Any, folder: Path) -> Any:
 
 WHOLE = r"expected (that|those) of a whole text|tokens were of shape \(2, \d+\); expected \(2, 29\)"
 OF_A_TEXT = ("head_scores", "needle_routes", "information_flow", "over_squashing", "sentence_matrix", "vertical_scores",
-             "receiver_heads", "compare_routes", "random_edges", "viz.Bins", "viz.heads_view")  # fmt: skip
+             "receiver_heads", "compare_routes", "random_edges", "coarsen", "viz.Bins", "viz.heads_view")  # fmt: skip
 FLOWS = ("information_flow", "needle_routes", "compare_routes")
 IN_PART = dict.fromkeys(OF_A_TEXT, WHOLE)
 NO_MASK = dict.fromkeys(
@@ -585,6 +585,11 @@ def matrices(t: Traced) -> Found:
     return [(analysis.sentence_matrix(t.cache, layer, t.spans), sentence_means(t, layer)) for layer in t.layers]
 
 
+def coarsened(t: Traced) -> Found:
+    found = {layer: t.cache.patterns[layer].coarsen(t.spans) for layer in t.layers}
+    return [(x.view(-1, 4, 5, 5)[0], sentence_means(t, layer)) for layer, x in found.items()]
+
+
 def vertical(t: Traced, settings: AnchorSettings) -> Tensor:
     means = [sentence_means(t, layer) for layer in t.layers]
     return torch.stack([torch.stack([x[:, j + 2 :, j].mean(-1) for j in range(3)], -1) for x in means])
@@ -714,7 +719,7 @@ def differentiated(t: Traced) -> Found:
 OF_THE_CACHE: dict[str, Callable[[Traced], Found]] = {
     "pattern and scores": shown_pattern, "logits": shown_logits, "pruned": pruned, "retained_mass": retained_mass,
     "exact_rows": exact_rows, "audit": audited, "stack_activation": stacked, "apply_slice_to_batch_dim": sliced,
-    "memory": remembered, "head_scores": head_scored, "information_flow": flowed, "needle_routes": routed,
+    "memory": remembered, "coarsen": coarsened, "head_scores": head_scored, "information_flow": flowed, "needle_routes": routed,
     "compare_routes": routes_compared, "random_edges": drawn, "over_squashing": path_sums, "sentence_matrix": matrices,
     "vertical_scores": verticals, "receiver_heads": receivers, "viz.Bins": binned, "viz.heads_view": viewed,
     "recheck": rechecked,
