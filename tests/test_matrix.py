@@ -85,17 +85,13 @@ def continued(n: int) -> Callable[[Any], Arguments]:
     """The last `n` tokens, the others being in a KV cache."""
 
     def given(model: Any) -> Arguments:
-        text = tokens(LENGTH) % 9
-        if HAS_HOOKED:
-            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+        if not HAS_HOOKED:
+            pytest.skip("KV caches of bridges are those of transformers: tests/test_families.py has them")
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-            past: dict[str, Any] = {"past_kv_cache": TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)}
-        else:
-            from transformers import DynamicCache
-
-            past = {"past_key_values": DynamicCache(config=model.original_model.config), "use_cache": True}
-        model(text[:, :-n], **past, attention_mask=torch.ones_like(text[:, :-n]))
-        return text[:, -n:], {**past, "attention_mask": torch.ones_like(text[:, -n:] if HAS_HOOKED else text)}
+        text, past = tokens(LENGTH) % 9, TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
+        model(text[:, :-n], past_kv_cache=past, attention_mask=torch.ones_like(text[:, :-n]))
+        return text[:, -n:], {"past_kv_cache": past, "attention_mask": torch.ones_like(text[:, -n:])}
 
     return given
 
@@ -235,6 +231,10 @@ class Traced:
         """Its last real token."""
         return int(self.real[0].nonzero().max())
 
+    def of_text(self, logits: Tensor) -> Tensor:
+        """Without those of padding, for which Hugging Face reads everything where TransformerLens reads nothing."""
+        return logits[self.real[:, -logits.shape[1] :]]
+
     @property
     def spans(self) -> list[tuple[int, int]]:
         return [(self.first + a, self.first + b) for a, b in ((1, 5), (5, 6), (7, 11), (11, 15), (16, 20))]
@@ -320,12 +320,13 @@ def masked_reference(t: Traced) -> Reference:
         layer = int(hook.name.split(".")[1])
         sinks = getattr(t.model.blocks[layer].attn, "sinks", None)
         column = [] if sinks is None else [sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores)]
+        scores = scores.masked_fill(scores <= torch.finfo(scores.dtype).min / 2, -torch.inf)  # as Hugging Face hides
         full[layer] = torch.cat([scores, *column], -1).softmax(-1)[..., : scores.shape[-1]].nan_to_num(0.0)
 
     exact = t.config.forward == "exact"
     notes = [(f"blocks.{layer}.attn.hook_attn_scores", note) for layer in keep]
     text, kwargs = arguments()  # an empty KV cache again
-    with torch.no_grad(), t.model.hooks(fwd_hooks=[*notes, *([] if exact else mask_hooks(cache))]):
+    with torch.no_grad(), t.model.hooks(fwd_hooks=[*notes, *([] if exact else [*mask_hooks(cache), NOTHING_READ])]):
         logits, activations = t.model.run_with_cache(text, **kwargs)
     if exact:
         for layer in keep:
@@ -362,7 +363,7 @@ def shown_pattern(t: Traced) -> Found:
 
 
 def shown_logits(t: Traced) -> Found:
-    return [(t.logits, t.reference.logits[:, -t.logits.shape[1] :])]
+    return [(t.of_text(t.logits), t.of_text(t.reference.logits[:, -t.logits.shape[1] :]))]
 
 
 def allowed(t: Traced, layer: int) -> Tensor:
@@ -445,7 +446,14 @@ def masks(keep: dict[int, Tensor]) -> list[Any]:
     def mask(scores: Tensor, hook: Any) -> Tensor:
         return scores.masked_fill(~keep[int(hook.name.split(".")[1])], -torch.inf)
 
-    return [(f"blocks.{layer}.attn.hook_attn_scores", mask) for layer in keep]
+    return [*[(f"blocks.{layer}.attn.hook_attn_scores", mask) for layer in keep], NOTHING_READ]
+
+
+def nothing_read(pattern: Tensor, hook: Any) -> Tensor:
+    return pattern.nan_to_num(0.0)
+
+
+NOTHING_READ = (tl_stream.cache.is_pattern, nothing_read)  # in rows that keep nothing; HookedTransformer does so itself
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -562,10 +570,10 @@ def cut(t: Traced) -> Found:
         found = t.model(t.tokens, **t.options)
     keep = {layer: x.clone() for layer, x in t.reference.keep.items()}
     if t.config.forward == "exact":
-        keep = {layer: torch.ones_like(x) for layer, x in keep.items()}
+        keep = {layer: allowed(t, layer)[:, None].expand(x.shape).clone() for layer, x in keep.items()}
     for layer, head, query, key in edges:
         keep[layer][:, head, query, key] = False
-    return [(found, t.dense(masks(keep)))]
+    return [(t.of_text(found), t.of_text(t.dense(masks(keep))))]
 
 
 def path_sums(t: Traced) -> Found:
@@ -697,7 +705,7 @@ def differentiated(t: Traced) -> Found:
     """The gradient of a loss by each pattern."""
     text, kwargs = given(t.feature, t.model)
     logits, cache = t.run(t.config, text, **kwargs)
-    loss = logits.double().square().sum()
+    loss = t.of_text(logits).double().square().sum()
     found = torch.autograd.grad(loss, [cache.patterns[layer] for layer in t.layers])
     notes: dict[int, Tensor] = {}
 
@@ -708,7 +716,7 @@ def differentiated(t: Traced) -> Found:
     text, kwargs = given(t.feature, t.model)
     kwargs = {name: x for name, x in kwargs.items() if name not in ABOUT_THE_CACHE}
     logits = t.dense([*masks(keep), (tl_stream.cache.is_pattern, note)], text, **kwargs)[:, -logits.shape[1] :]
-    expected = torch.autograd.grad(logits.double().square().sum(), [notes[layer] for layer in t.layers])
+    expected = torch.autograd.grad(t.of_text(logits).double().square().sum(), [notes[layer] for layer in t.layers])
     rows = slice(3, 20) if "pos_slice" in t.kwargs else slice(None)
     return [
         (x.to_dense().view(y[..., rows, :].shape), (y * t.reference.keep[layer])[..., rows, :])
@@ -755,3 +763,15 @@ def test_cell(feature: str, name: str, folder: Path) -> None:
         a, b = (torch.as_tensor(x).detach().double() for x in (found, expected))
         assert a.shape == b.shape
         assert float((a - b).abs().max()) <= t.feature.tolerance * max(1.0, float(b.abs().max()))
+
+
+NOT_OF_A_RUN = {"sentences", "line_split", "paper_split", "rule_tag", "resampling_importance", "flow_names"}
+ELSEWHERE = {"needle_grid"}  # makes its own texts, and takes a tokenizer: tests/test_needle_grid.py crosses it with configs
+
+
+def test_the_matrix_has_every_analysis_and_every_setting() -> None:
+    functions = {name for name in analysis.__all__ if name[0].islower()}
+    assert functions <= ANALYSES.keys() | NOT_OF_A_RUN | ELSEWHERE
+    assert {"fidelity", "find_budget", "distribute", "recheck"} <= ANALYSES.keys()
+    settings = {name for feature in FEATURES.values() for name in feature.config}
+    assert settings | {"beam", "exact_below", "compile", "max_dense", "layout_from"} >= StreamConfig.__dataclass_fields__.keys()

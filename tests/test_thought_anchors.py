@@ -172,7 +172,7 @@ def test_coarsened_patterns(mini: Any) -> None:
         pattern.coarsen([])
     with pytest.raises(TypeError, match="segments held 3; expected sentences with a span"):
         pattern.coarsen([3])
-    with pytest.raises(ValueError, match=r"coarsen\(\) got 20 rows and \d+ keys; expected a pattern of a whole text"):
+    with pytest.raises(ValueError, match=r"coarsen\(\) got 20 rows and \d+ keys; expected those of a whole text"):
         pattern[..., :20, :].coarsen(parts)
 
 

@@ -127,7 +127,7 @@ class SparseTensor(Wrapper):
         """
         rows, keys = self.shape[-2:]
         if rows != keys:
-            raise ValueError(f"coarsen() got {rows} rows and {keys} keys; expected a pattern of a whole text.")
+            raise ValueError(f"coarsen() got {rows} rows and {keys} keys; expected those of a whole text.")
         groups = Groups.of_spans(segments, keys, self.device)
         total = self.grouped(groups, groups, "sum")
         if total is NotImplemented:
