@@ -34,12 +34,31 @@ class EditedAttention(TorchFunctionMode):
         self.on_scores, self.on_pattern = on_scores, on_pattern
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
+            return self._step_by_step(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") != "softmax":
             return func(*args, **(kwargs or {}))
         scores = args[0].clone()
         if scores.dim() == 3 and scores.shape[-1] == self.n_keys:
             return self._edited(func, scores.unflatten(0, (self.batch, -1)), args, kwargs).flatten(0, 1)
         return self._edited(func, scores, args, kwargs) if scores.dim() == 4 else func(*args, **(kwargs or {}))
+
+    def _step_by_step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self._edited(torch.softmax, scores, (scores, -1), {}) @ v
 
     def _edited(self, func: Any, scores: Tensor, args: Any, kwargs: Any) -> Tensor:
         layer = next(self.layers)

@@ -352,3 +352,24 @@ def test_bad_values() -> None:
         StreamConfig(dense_queries=-1)
     with pytest.raises(ValueError, match="dense_queries was 4 with forward='exact', where every row reads everything"):
         StreamConfig(dense_queries=4, forward="exact")
+
+
+ALONG_KEYS: dict[str, Any] = {
+    "median": lambda p: p.median(-1).values,
+    "quantile": lambda p: p.quantile(0.9, -1),
+    "quantiles": lambda p: p.quantile(torch.tensor([0.2, 0.9], dtype=p.dtype), dim=-1, keepdim=True),
+    "product": lambda p: (p + 0.9).prod(-1, keepdim=True),
+    "histogram": lambda p: p.histc(20, 0, 1),
+    "histogram of all values": lambda p: (p - 0.5).histc(11),
+}
+
+
+@pytest.mark.parametrize("name", ALONG_KEYS)
+@torch.no_grad()
+def test_medians_and_histograms_of_both_kinds_of_rows(name: str) -> None:
+    _, cache = build("gqa").run_with_sparse_cache(
+        tokens(), config=StreamConfig(block_q=8, block_k=8, k=2, dense_queries=5, max_dense=0)
+    )
+    for shown in (cache["pattern", 1], cache["pattern", 1][0], cache["pattern", 1][:, 2]):
+        assert gap(ALONG_KEYS[name](shown), ALONG_KEYS[name](shown.to_dense())) < 1e-9
+    assert not cache.fallbacks

@@ -35,23 +35,32 @@ PRUNED = StreamConfig(block_q=8, block_k=8, k=1, max_dense=0)
 LENGTH = 61
 
 
-def assert_counts(model: Any, text: Tensor, plain: Tensor) -> None:
+def assert_counts(model: Any, text: Tensor, plain: Tensor, precision: float = 1e-10) -> None:
     """Both oracles, that pruning changes something, and that the user's code does."""
-    assert tl_stream.supports(model).layers == tuple(range(len(model.blocks)))
     dense = model(text)
     assert gap(dense, plain) > 1e-3
+    assert_traced(model, text, precision)
+
+
+def assert_traced(model: Any, text: Tensor, precision: float = 1e-10) -> None:
+    """Both oracles, and that pruning changes something."""
+    assert tl_stream.supports(model).layers == tuple(range(len(model.blocks)))
+    dense = model(text)
     logits, cache = model.run_with_sparse_cache(text, config=FULL)
-    assert gap(logits, dense) <= 1e-10 * dense.abs().max()
+    assert gap(logits, dense) <= precision * dense.abs().max()
     assert not cache.fallbacks
     logits, cache = model.run_with_sparse_cache(text, config=PRUNED)
-    if HAS_HOOKED and type(model).__name__ == "HookedTransformer":
-        expected = model.run_with_hooks(text, fwd_hooks=mask_hooks(cache))
-    else:
-        keep = {layer: cache.block_layout(layer).to_dense() for layer in cache.patterns}
-        with EditedAttention(keep, LENGTH, masked(keep)):
-            expected = model(text)
-    assert gap(logits, expected) <= 1e-10 * dense.abs().max()
+    assert gap(logits, masked_output(model, text, cache)) <= precision * dense.abs().max()
     assert gap(logits, dense) > 1e-3
+
+
+def masked_output(model: Any, text: Tensor, cache: Any) -> Tensor:
+    """The dense model's output under the layouts of a sparse run."""
+    if HAS_HOOKED and type(model).__name__ == "HookedTransformer":
+        return model.run_with_hooks(text, fwd_hooks=mask_hooks(cache))
+    keep = {layer: cache.block_layout(layer).to_dense() for layer in cache.patterns}
+    with EditedAttention(keep, LENGTH, masked(keep)):
+        return model(text)
 
 
 def assert_refused(model: Any, text: Tensor, *names: str) -> None:
@@ -272,11 +281,20 @@ class Compiled(nn.Module):
         self.forward = lambda *args, **kwargs: pytest.fail("compiled code was traced")
 
 
+def assert_same_runs(model: Any, text: Tensor, plain: Tensor, pruned: Tensor) -> None:
+    """Runs that keep everything and that keep little, as they were before something was wrapped around the attention."""
+    for config, expected in ((FULL, plain), (PRUNED, pruned)):
+        logits, _ = model.run_with_sparse_cache(text, config=config)
+        assert gap(logits, expected) <= 1e-10 * plain.abs().max()
+    assert gap(pruned, plain) > 1e-3
+
+
 @NEEDS_HOOKED
 @torch.no_grad()
 def test_wrappers_of_hooked_transformer() -> None:
     model, text = build("gqa"), tokens(LENGTH)
     plain, block = model(text), model.blocks[1]
+    pruned = model.run_with_sparse_cache(text, config=PRUNED)[0]
     attn = block.attn
     block.attn = Wrapped(attn)
     assert_counts(model, text, plain)
@@ -293,12 +311,10 @@ def test_wrappers_of_hooked_transformer() -> None:
     ):
         model.run_with_sparse_cache(text)
     block.attn = Compiled(attn)
-    logits, _ = model.run_with_sparse_cache(text, config=FULL)
-    assert gap(logits, plain) < 1e-10
+    assert_same_runs(model, text, plain, pruned)
     block.attn = attn
     attn._compiled_call_impl = lambda *args, **kwargs: pytest.fail("compiled code was traced")
-    logits, _ = model.run_with_sparse_cache(text, config=FULL)
-    assert gap(logits, plain) < 1e-10
+    assert_same_runs(model, text, plain, pruned)
     assert "_compiled_call_impl" in vars(attn)
 
 
@@ -370,19 +386,24 @@ def test_own_mask_function() -> None:
         model, text = families.build(family, torch.float64), families.tokens(LENGTH)
         plain = model(text)
         with patch.dict(AttentionMaskInterface._global_mapping, {"eager": own_mask}):
-            dense = model(text)
-            assert gap(dense, plain) > 1e-3
-            assert gap(model.run_with_sparse_cache(text, config=FULL)[0], dense) <= 1e-6 * dense.abs().max()
-            assert gap(model.run_with_sparse_cache(text, config=PRUNED)[0], dense) > 1e-3
+            assert_counts(model, text, plain, 1e-6)  # OPT takes its softmax in float32
         with patch.dict(AttentionMaskInterface._global_mapping, {"eager": holey_mask}):
             assert_refused(model, text, "layer 0: its own test_own_code.holey_mask can't be traced")
+
+
+def averaging(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    n = torch.arange(1, value.shape[2] + 1, dtype=value.dtype)[:, None]
+    return (value.cumsum(2) / n).transpose(1, 2).contiguous(), None
 
 
 @torch.no_grad()
 def test_own_fused_attention_function() -> None:
     model, text = families.build("OPT", torch.float64), families.tokens(LENGTH)
+    plain = model(text)
     with registered(model, fused_attention, None):
-        assert_refused(model, text, "layer 0: its own test_own_code.fused_attention can't be traced", "no product of q and k")
+        assert_counts(model, text, plain)
+    with registered(model, averaging, None):
+        assert_refused(model, text, "layer 0: its own test_own_code.averaging can't be traced", "no product of q and k")
 
 
 @pytest.mark.parametrize("is_decorated", [False, True])
@@ -440,11 +461,11 @@ def test_own_softmax_of_a_bridge() -> None:
 def test_torch_hooks_on_attention(family: str) -> None:
     """They run, before and after, and matrices that they multiply aren't taken for q and k."""
     model, text = families.build(family, torch.float64), families.tokens(LENGTH)
-    plain, counts = model(text), [0, 0]
+    plain, counts, multiplies = model(text), [0, 0], [True]
 
     def before(module: Any, args: Any) -> None:
         x = torch.randn(2, 4, LENGTH, 8, dtype=torch.float64)
-        counts[0] += tuple((x @ x.mT).softmax(-1).shape) == (2, 4, LENGTH, LENGTH)
+        counts[0] += not multiplies[0] or tuple((x @ x.mT).softmax(-1).shape) == (2, 4, LENGTH, LENGTH)
 
     def after(module: Any, args: Any, output: Any) -> Any:
         before(module, args)
@@ -462,12 +483,17 @@ def test_torch_hooks_on_attention(family: str) -> None:
     assert gap(logits, dense) <= 1e-6 * dense.abs().max()  # OPT takes its softmax in float32
     assert gap(dense, plain) > 1e-3
     assert not cache.fallbacks
+    logits, cache = model.run_with_sparse_cache(text, config=PRUNED)
+    multiplies[0] = False  # the oracle counts the softmaxes of the layers
+    assert gap(logits, masked_output(model, text, cache)) <= 1e-6 * dense.abs().max()
+    assert gap(logits, dense) > 1e-3
 
 
 @torch.no_grad()
 def test_wrappers_of_a_bridge() -> None:
     model, text = families.build("GPT-2", torch.float64), families.tokens(LENGTH)
     plain, layers = model(text), model.original_model.transformer.h
+    pruned = model.run_with_sparse_cache(text, config=PRUNED)[0]
     attn = layers[1].attn
     layers[1].attn = Wrapped(attn)
     assert_counts(model, text, plain)
@@ -475,8 +501,7 @@ def test_wrappers_of_a_bridge() -> None:
     with pytest.raises(NotImplementedError, match="Layer 1 ran without"):
         model.run_with_sparse_cache(text)
     layers[1].attn = Compiled(attn)
-    logits, _ = model.run_with_sparse_cache(text, config=FULL)
-    assert gap(logits, plain) <= 1e-10 * plain.abs().max()
+    assert_same_runs(model, text, plain, pruned)
     layers[1].attn = nn.Identity()
     assert_reason(model, text, "layer 1: its attention is not a part of the GPT2Block that runs any more")
     layers[1].attn = attn
@@ -535,10 +560,21 @@ class OwnAttention(nn.Module):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return self.out(self.attended(q, k, v).transpose(1, 2).flatten(-2))
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, fused = q.shape[-2], nn.functional.scaled_dot_product_attention
+        match self.mask:
+            case "fused":
+                return fused(q, k, v, is_causal=True)
+            case "fused, under a mask":
+                return fused(q, k, v, torch.ones(n, n, dtype=torch.bool).tril(), 0.0, scale=0.3)
+            case "fused, under a window":
+                hidden = torch.full((n, n), -torch.inf, dtype=q.dtype)
+                return fused(q, k, v, attn_mask=hidden.triu(1) + hidden.tril(-9))
         scores = q @ k.transpose(-2, -1)
         scores.mul_(8**-0.5)
-        pattern = self.dropout(torch.softmax(self.masked(scores), -1))
-        return self.out((pattern @ v).transpose(1, 2).flatten(-2))
+        return self.dropout(torch.softmax(self.masked(scores), -1)) @ v
 
 
 class OwnMLP(nn.Module):
@@ -599,6 +635,9 @@ def own_model(mask: str) -> Any:
         "a buffer of -inf",
         "a window",
         "subtracted",
+        "fused",
+        "fused, under a mask",
+        "fused, under a window",
     ],
 )
 @torch.no_grad()

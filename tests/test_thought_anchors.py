@@ -152,6 +152,35 @@ def test_exact_forward_gives_the_recorded_entries_of_the_dense_model() -> None:
 
 
 @torch.no_grad()
+def test_coarsened_patterns(mini: Any) -> None:
+    """Sentences as everywhere else; scores, heads and comparisons as patterns; exact against `to_dense()`."""
+    text = tl_stream.tasks.reasoning_trace(mini.tokenizer, 8, seed=1).text
+    _, cache = mini.run_with_sparse_cache(text, config=SPARSE)
+    parts = sentences(text, mini)
+    pattern = cache["pattern", 1]
+    matrix = sentence_matrix(cache, 1, parts)
+    assert gap(pattern.coarsen(parts)[0].double(), matrix) < 1e-6
+    assert gap(pattern.coarsen(Segments.of(parts, pattern.shape[-1])), pattern.coarsen([x.span.slice for x in parts])) == 0
+    others: list[Any] = [pattern * 2 + 0.1, pattern.mT, pattern[0, 2], torch.stack([pattern, pattern]), pattern > 0.1]
+    for shown in others:
+        found, dense = shown.coarsen(parts), shown.to_dense()
+        rows = [[dense[..., a, b].double().mean((-2, -1)) for b in cuts(parts)] for a in cuts(parts)]
+        assert gap(found.double(), torch.stack([torch.stack(row, -1) for row in rows], -2)) < 1e-6
+    with pytest.raises(ValueError, match=r"segments\[1\] was 3:9, behind one that ends at 4"):
+        pattern.coarsen([(0, 4), (3, 9)])
+    with pytest.raises(ValueError, match="segments were none"):
+        pattern.coarsen([])
+    with pytest.raises(TypeError, match="segments held 3; expected sentences with a span"):
+        pattern.coarsen([3])
+    with pytest.raises(ValueError, match=r"coarsen\(\) got 20 rows and \d+ keys; expected those of a whole text"):
+        pattern[..., :20, :].coarsen(parts)
+
+
+def cuts(parts: Any) -> list[slice]:
+    return [each.span.slice for each in parts]
+
+
+@torch.no_grad()
 def test_edited_patterns_count_as_edited() -> None:
     model = build("gqa")
     _, cache = model.run_with_sparse_cache(tokens(61), config=SPARSE)

@@ -119,10 +119,9 @@ class AttentionFlow:
 
     def shares(self, positions: Int[Tensor, " row"]) -> Iterator[RowShares]:
         """The weights of all edges into some positions (ascending), block by block. O(T) memory."""
-        block_q = self.entries.layout.block_q
-        for run in self.entries.runs((positions // block_q).unique()):
+        for run in self.entries.runs(positions):
             starts = torch.searchsorted(positions, run.query_pos[:, 0].contiguous()).tolist()
-            stops = torch.searchsorted(positions, run.query_pos[:, -1].contiguous(), right=True).tolist()
+            stops = torch.searchsorted(positions, run.last_query, right=True).tolist()
             for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
                 yield self._block(run, i, positions[start:stop])
 
@@ -164,8 +163,7 @@ class AttentionFlow:
         """That the parts are those of this model, in its last row."""
         agree = _close(summed if self.gain is None else summed * self.gain[-1], self.added[-1])
         if forward == "sparse":
-            last = self.entries.layout.n_q_blocks - 1
-            (run,) = self.entries.runs(torch.tensor([last], device=z.device))
+            (run,) = self.entries.runs(torch.tensor([self.entries.length - 1], device=z.device))
             row, keys = self.entries.length - 1 - int(run.query_pos[0, 0]), run.key_pos[:, 0].clamp(max=self.entries.length - 1)
             kv_head = torch.arange(self.entries.n_heads, device=z.device) // (self.entries.n_heads // self.v.shape[1])
             agree &= _close(torch.einsum("hk,hkd->hd", run.weight[:, 0, row], self.v[keys, kv_head[:, None]]), z)

@@ -98,8 +98,7 @@ def _kept(entries: KeptEntries, layer: int, edges: list[tuple[Any, ...]] | None)
         return
     own = [edge for edge in edges if edge[0] == layer]
     wanted = {edge[:3] for edge in own}
-    blocks = torch.tensor(sorted({edge[2] // entries.layout.block_q for edge in own}), dtype=torch.long)
-    for run in entries.runs(blocks.to(entries.layout.device)):
+    for run in entries.runs(torch.tensor([edge[2] for edge in own], dtype=torch.long, device=entries.device)):
         chosen = torch.zeros_like(run.kept)
         for _, head, query in wanted:
             chosen[head] |= (run.query_pos == query)[..., None] & run.kept[head]

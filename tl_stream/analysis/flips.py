@@ -64,8 +64,8 @@ def find_flips(
 
     Raises:
         TypeError: A `k` that is no number, or a prompt that is neither text nor tokens.
-        ValueError: No prompts, an unknown method, a number below 1, a position outside a prompt, an empty vocabulary, or a
-            prompt that is too long with what is added to it.
+        ValueError: No prompts, `forward="exact"`, an unknown method, a number below 1, a position outside a prompt, an empty
+            vocabulary, or a prompt that is too long with what is added to it.
 
     Warns:
         UserWarning: Fewer than `match` tokens of a dense answer carry text.
@@ -114,6 +114,8 @@ def _check(prompts: Any, config: StreamConfig, method: str, vocabulary: Sequence
         raise ValueError(f"prompts was {prompts!r}; expected a list of at least one text or token tensor.")
     if not isinstance(config.k, int):
         raise TypeError(f"config.k was {config.k!r}; expected a number of blocks, which can be halved and doubled.")
+    if config.forward == "exact":
+        raise ValueError("config had forward='exact', which leaves the model dense; expected forward='sparse'. Leave it out.")
     if method not in METHODS:
         raise ValueError(f"method was {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
     if vocabulary is not None and not len(vocabulary):

@@ -53,7 +53,7 @@ def information_flow(
     if target_pos is None:
         reached = entries.real_tokens().nonzero().flatten()
     else:
-        reached = torch.tensor([checked_position("target_pos", target_pos, entries.length)], device=entries.layout.device)
+        reached = torch.tensor([checked_position("target_pos", target_pos, entries.length)], device=entries.device)
     targets, edges = tuple(reached.tolist()), []
     for layer in reversed(layers):
         flow = AttentionFlow.of(cache, model, layer, text)

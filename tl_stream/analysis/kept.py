@@ -13,9 +13,11 @@ from torch import Tensor
 from tl_stream import score_mod
 from tl_stream.fidelity.runs import wide
 from tl_stream.layout import BlockLayout
+from tl_stream.masking import NEVER
 from tl_stream.precision import outside_autocast
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.data import BlockData
+from tl_stream.tensors.joined import JoinedTensor, parts_of
 from tl_stream.tensors.pattern_data import PatternData
 
 CHUNK_ENTRIES = 2**20
@@ -26,7 +28,7 @@ class KeptRows:
     """The kept entries of some query blocks of one text.
 
     Attributes:
-        query_pos: Position of each query; those of the last block may lie past the end.
+        query_pos: Position of each query; `masking.NEVER` for the padding of a block.
         key_pos: Position of each kept key, padding of the last block included.
         kept: Which entries there are: those that the mask allows and the layout keeps.
         weight: Their probabilities; 0 where there is no entry.
@@ -37,82 +39,121 @@ class KeptRows:
     kept: Bool[Tensor, "head_index q_block block_q key"]
     weight: Float[Tensor, "head_index q_block block_q key"]
 
+    @property
+    def last_query(self) -> Int[Tensor, " q_block"]:
+        """Position of the last query of each block."""
+        return self.query_pos.masked_fill(self.query_pos == NEVER, -1).amax(-1)
+
 
 @dataclass(frozen=True, eq=False)
 class KeptEntries:
     """A pattern's entries on its kept blocks, for one text.
 
     Attributes:
-        data: What the pattern shows.
-        text: Index of the text in `data`.
+        parts: Its consecutive rows: all of them, or (under `dense_queries`) the sparse ones and those that read everything.
     """
 
-    data: BlockData
-    text: int
+    parts: tuple[_Part, ...]
 
     @classmethod
-    def of(cls, pattern: BlockSparseTensor, text: int) -> KeptEntries:
+    def of(cls, pattern: BlockSparseTensor | JoinedTensor, text: int) -> KeptEntries:
         """One text of a cached pattern.
 
         Raises:
             IndexError: No such text.
             ValueError: The pattern doesn't show all queries and keys of a text (`pos_slice`, or a KV cache, was in use).
         """
-        texts = pattern._view.texts(pattern.device).tolist()
-        if not 0 <= text < len(texts):
-            raise IndexError(f"text was {text}; expected the index of one of the {len(texts)} texts in the cache.")
-        n_queries, n_keys = pattern._data.layout.seq_lengths
-        if len(pattern._view.rows) != n_keys or n_queries != n_keys:
+        parts: list[_Part] = []
+        for part in parts_of(pattern):
+            texts = part._view.texts(part.device).tolist()
+            if not 0 <= text < len(texts):
+                raise IndexError(f"text was {text}; expected the index of one of the {len(texts)} texts in the cache.")
+            parts.append(_Part(part._data, texts[text], sum(each.layout.shape[2] for each in parts)))
+        n_queries, n_keys = pattern.block_layout.seq_lengths
+        if pattern.shape[-2] != n_keys or n_queries != n_keys:
             raise ValueError(
-                f"The pattern of layer {pattern.origin.layer} shows {len(pattern._view.rows)} queries of {n_keys} keys; "
+                f"The pattern of layer {pattern.origin.layer} shows {pattern.shape[-2]} queries of {n_keys} keys; "
                 "expected that of a whole text. Run the text without pos_slice and past_kv_cache."
             )
-        return cls(pattern._data, texts[text])
+        return cls(tuple(parts))
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.parts[0].layout.mask.key_length
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads."""
+        return self.parts[0].layout.n_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are computed."""
+        return self.parts[0].layout.device
+
+    def real_tokens(self) -> Bool[Tensor, " pos"]:
+        """False where a token is padding."""
+        real = self.parts[0].layout.mask.tokens
+        return torch.ones(self.length, dtype=torch.bool, device=self.device) if real is None else real[self.parts[0].text]
+
+    def runs(self, positions: Int[Tensor, " pos"] | None = None) -> Iterator[KeptRows]:
+        """The entries of the query blocks of some positions (None: of all), in runs of about `CHUNK_ENTRIES` entries.
+
+        O(T) memory a run.
+        """
+        for part in self.parts:
+            yield from part.runs(positions)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Consecutive rows of a pattern.
+
+    Attributes:
+        data: What they hold; its rows count from 0.
+        text: Index of the text in `data`.
+        first: Position of the first row.
+    """
+
+    data: BlockData
+    text: int
+    first: int
 
     @property
     def layout(self) -> BlockLayout:
         """Kept blocks."""
         return self.data.layout
 
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return self.layout.mask.key_length
-
-    @property
-    def n_heads(self) -> int:
-        """Number of query heads."""
-        return self.layout.n_heads
-
-    def real_tokens(self) -> Bool[Tensor, " pos"]:
-        """False where a token is padding."""
-        real = self.layout.mask.tokens
-        return torch.ones(self.length, dtype=torch.bool, device=self.layout.device) if real is None else real[self.text]
-
-    def runs(self, blocks: Int[Tensor, " q_block"] | None = None) -> Iterator[KeptRows]:
-        """The entries of some query blocks (None: of all), in runs of about `CHUNK_ENTRIES` entries. O(T) memory a run."""
+    def runs(self, positions: Int[Tensor, " pos"] | None) -> Iterator[KeptRows]:
+        """As `KeptEntries.runs`."""
         layout = self.layout
-        blocks = torch.arange(layout.n_q_blocks, device=layout.device) if blocks is None else blocks
-        step = max(1, CHUNK_ENTRIES // (self.n_heads * layout.block_q * max(layout.n_slots * layout.block_k, 1)))
-        for part in blocks.split(step) if len(blocks) else ():
+        if positions is None:
+            blocks = torch.arange(layout.n_q_blocks, device=layout.device)
+        else:
+            rows = positions - self.first
+            blocks = (rows[(rows >= 0) & (rows < layout.shape[2])] // layout.block_q).unique()
+        entries = layout.n_heads * layout.block_q * max(layout.n_slots * layout.block_k, 1)
+        for part in blocks.split(max(1, CHUNK_ENTRIES // entries)) if len(blocks) else ():
             yield self._run(part)
 
     def _run(self, blocks: Tensor) -> KeptRows:
         layout = self.layout
-        query_pos = blocks[:, None] * layout.block_q + torch.arange(layout.block_q, device=layout.device)
-        indices, used = self._key_blocks(blocks, query_pos)
+        rows = blocks[:, None] * layout.block_q + torch.arange(layout.block_q, device=layout.device)
+        indices, used = self._key_blocks(blocks, rows)
         key_pos = (indices[..., None] * layout.block_k + torch.arange(layout.block_k, device=layout.device)).flatten(-2)
         text = torch.tensor(self.text, device=layout.device)
-        allowed = layout.mask.allows(text, query_pos[:, :, None], key_pos[:, :, None])
+        allowed = layout.mask.allows(text, rows[:, :, None], key_pos[:, :, None])
         kept = allowed & used.repeat_interleave(layout.block_k, -1)[:, :, None]
-        weight = self._computed(query_pos, key_pos) if self.data.values is None else self._stored(blocks, kept.shape[-1])
+        weight = self._computed(rows, key_pos) if self.data.values is None else self._stored(blocks, kept.shape[-1])
+        query_pos = torch.where(rows < layout.shape[2], rows + self.first, NEVER)
         return KeptRows(query_pos, key_pos, kept, torch.where(kept, weight, 0.0))
 
-    def _key_blocks(self, blocks: Tensor, query_pos: Tensor) -> tuple[Tensor, Tensor]:
+    def _key_blocks(self, blocks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Kept key blocks of each query block, `[head_index, q_block, slot]`, and which of them count."""
         layout = self.layout
         if layout.kv_indices is None or layout.kv_num_blocks is None:
-            seen = -(-int(layout.mask.bounds(query_pos)[1].max()) // layout.block_k)
+            seen = -(-int(layout.mask.bounds(rows)[1].max()) // layout.block_k)
             indices = torch.arange(seen, device=layout.device).expand(layout.n_heads, len(blocks), -1)
             return indices, torch.ones_like(indices, dtype=torch.bool)
         slots = torch.arange(layout.n_slots, device=layout.device)
@@ -120,30 +161,30 @@ class KeptEntries:
         return layout.kv_indices[self.text][:, blocks].long(), used
 
     @outside_autocast
-    def _computed(self, query_pos: Tensor, key_pos: Tensor) -> Tensor:
+    def _computed(self, rows: Tensor, key_pos: Tensor) -> Tensor:
         """`exp(score - lse)`, from q and k."""
         data = self.data
         assert isinstance(data, PatternData)
         products = data.products.detach()
         products.check_unchanged()
-        device = query_pos.device
-        head = torch.arange(self.n_heads, device=device)
-        rows, keys = query_pos.clamp(max=self.length - 1), key_pos.clamp(max=self.length - 1)
-        kv_head = head // (self.n_heads // products.k.shape[1])
-        q = wide(products.q[self.text, :, rows])
+        device, (_, n_heads, n_rows, n_keys) = rows.device, self.layout.shape
+        head = torch.arange(n_heads, device=device)
+        row, keys = rows.clamp(max=n_rows - 1), key_pos.clamp(max=n_keys - 1)
+        kv_head = head // (n_heads // products.k.shape[1])
+        q = wide(products.q[self.text, :, row])
         k = wide(products.k[self.text, kv_head[:, None, None], keys])
         scores = q @ k.transpose(-1, -2) * products.scale
         text = torch.tensor(self.text, device=device)
-        indices = (text, head[:, None, None, None], query_pos[:, :, None], key_pos[:, :, None])
+        indices = (text, head[:, None, None, None], rows[:, :, None], key_pos[:, :, None])
         scores = score_mod.apply(products.score_mods, scores, *indices)
-        return (scores - data.row_lse()[self.text][:, rows][..., None]).exp()
+        return (scores - data.row_lse()[self.text][:, row][..., None]).exp()
 
     def _stored(self, blocks: Tensor, n_keys: int) -> Tensor:
         """Values that were made or written."""
         return wide(self.data.block_values()[self.text, :, blocks, :, :n_keys].detach())
 
 
-def patterns_of(cache: Any) -> dict[int, BlockSparseTensor]:
+def patterns_of(cache: Any) -> dict[int, BlockSparseTensor | JoinedTensor]:
     """The patterns of a cache by layer, in order.
 
     Raises:

@@ -43,7 +43,7 @@ def over_squashing(cache: Any, target_pos: int | Sequence[int] = -1, *, text: in
     if not given:
         raise ValueError("target_pos was empty; expected a position, or some.")
     targets = [checked_position("target_pos", position, entries.length) for position in given]
-    sums = torch.zeros(len(targets), entries.length, dtype=torch.float64, device=entries.layout.device)
+    sums = torch.zeros(len(targets), entries.length, dtype=torch.float64, device=entries.device)
     sums[range(len(targets)), targets] = 1.0
     for _, layer in sorted(patterns.items(), reverse=True):
         sums = sums + sum((_through(sums, run, entries.length) for run in layer.runs()), torch.zeros_like(sums))

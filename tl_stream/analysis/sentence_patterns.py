@@ -16,8 +16,10 @@ from tl_stream.analysis.segments import Segments
 from tl_stream.audit.rows import SoftmaxRows
 from tl_stream.cache import SparseActivationCache
 from tl_stream.tensors.block_sparse import BlockSparseTensor
+from tl_stream.tensors.joined import JoinedTensor, parts_of
 from tl_stream.tensors.reductions import row_keys
 
+SparsePattern = BlockSparseTensor | JoinedTensor
 MAX_MATRIX = 2**28
 _ENTRIES_AT_ONCE = 2**20
 
@@ -59,7 +61,7 @@ def sentence_matrix(
 
 
 @torch.no_grad()
-def distant_means(pattern: BlockSparseTensor, segments: Segments, proximity: int) -> Float[Tensor, "head_index sentence"]:
+def distant_means(pattern: SparsePattern, segments: Segments, proximity: int) -> Float[Tensor, "head_index sentence"]:
     """Mean of each column j of the sentence matrix over the sentences i >= j + proximity; NaN where none are."""
     count, lengths = len(segments), segments.lengths(pattern.device)
     weight = torch.cat([1.0 / lengths.double(), lengths.new_zeros(1)])
@@ -72,7 +74,7 @@ def distant_means(pattern: BlockSparseTensor, segments: Segments, proximity: int
     return total[:, :-1] / lengths / torch.where(later > 0, later, torch.nan)
 
 
-def whole_pattern(cache: SparseActivationCache, layer: int, text: int = 0) -> BlockSparseTensor:
+def whole_pattern(cache: SparseActivationCache, layer: int, text: int = 0) -> SparsePattern:
     """The pattern of one text, `[head_index, query_pos, key_pos]`.
 
     Raises:
@@ -92,7 +94,7 @@ def whole_pattern(cache: SparseActivationCache, layer: int, text: int = 0) -> Bl
 
 
 def _entries(
-    pattern: BlockSparseTensor, head: int, segments: Segments
+    pattern: SparsePattern, head: int, segments: Segments
 ) -> Iterator[tuple[Int[Tensor, "row key"], Int[Tensor, "row key"], Float[Tensor, "row key"]]]:
     """The sentences of query and key of every kept entry of one head, and its value; `len(segments)`: of no sentence."""
     owner = torch.cat([segments.owners(pattern.device), torch.tensor([len(segments)], device=pattern.device)])
@@ -102,8 +104,16 @@ def _entries(
         yield owner[rows][:, None].expand(key.shape), key, values.double()
 
 
-def _rows(pattern: BlockSparseTensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _rows(pattern: SparsePattern) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Query positions `[row]`, key positions `[row or 1, key]` (the number of keys for none) and values `[row, key]`."""
+    first = 0
+    for part in parts_of(pattern):
+        for rows, keys, values in _rows_of_part(part):
+            yield rows + first, keys, values
+        first += part.shape[-2]
+
+
+def _rows_of_part(pattern: BlockSparseTensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     n_rows, n_keys = pattern.shape
     every = torch.arange(n_rows, device=pattern.device)
     if pattern.block_layout.is_full and pattern._data.is_lazy:

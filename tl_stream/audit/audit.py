@@ -148,7 +148,8 @@ def _rows_audit(
     if reread is not None and again is None:
         raise ValueError(
             f"reread was of the last {len(reread)} positions, but the chosen rows of text {text} are {first._numbers} of "
-            f"{length}; expected these among them. Rows of padding count: pad on the left."
+            f"{length}; expected these among them. Rows of padding count (pad on the left), and those that the cache leaves "
+            "out (run without pos_slice)."
         )
     if reread is not None and lead is None:
         raise ValueError("reread was given, but the cache knows no next tokens of these rows; expected a run with logits.")

@@ -20,16 +20,16 @@ Metric = Callable[[Logits, Logits], Any]
 
 
 def kl(sparse_logits: Logits, dense_logits: Logits) -> float:
-    """Mean KL divergence of the sparse model's next-token distribution from the dense model's, in nats."""
+    """KL divergence of the sparse model's next-token distribution from the dense model's, in nats: the worst text's."""
     p, q = (logits.double().log_softmax(-1) for logits in (dense_logits, sparse_logits))
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+    return (p.exp() * (p - q)).sum(-1).max().item()
 
 
 def logit_difference(sparse_logits: Logits, dense_logits: Logits) -> float:
-    """Mean change of the logit difference between the dense model's two best next tokens."""
+    """Change of the logit difference between the dense model's two best next tokens: the worst text's."""
     best = dense_logits.topk(2, -1).indices
     dense, found = (-logits.gather(-1, best).diff(dim=-1) for logits in (dense_logits, sparse_logits))
-    return (found - dense).abs().mean().item()
+    return (found - dense).abs().max().item()
 
 
 SHOWN = 3  # texts whose answers a description quotes

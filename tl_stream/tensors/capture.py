@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tl_stream.masking import AttentionMask
 from tl_stream.score_mod import Scale
 from tl_stream.tensors.merged_scores import MergedScores
 from tl_stream.tensors.names import function_name
@@ -19,8 +20,8 @@ from tl_stream.tensors.scores import AttentionScores, FireHook
 class CaptureProduct(TorchFunctionMode):
     """While active, the product of queries and transposed keys is noted as `AttentionScores` instead of computed.
 
-    It is the first product of two [batch, head_index, _, _] tensors that model code takes; hooks, which may multiply
-    matrices too, run while the capture is `paused`.
+    It is the first product of two [batch, head_index, _, _] tensors that model code takes, by itself or in
+    `scaled_dot_product_attention`; hooks, which may multiply matrices too, run while the capture is `paused`.
 
     Attributes:
         scores: What was captured; None: nothing yet.
@@ -48,6 +49,8 @@ class CaptureProduct(TorchFunctionMode):
         if self.paused:
             return func(*args, **(kwargs or {}))
         name = function_name(func)
+        if self.scores is None and name == "scaled_dot_product_attention" and all(_is_stack(x, 4) for x in args[:3]):
+            return self._attended(*args, **(kwargs or {}))
         if self.scores is None:
             self.scores = self._captured(name, args, kwargs or {})
             if self.scores is not None:
@@ -71,6 +74,29 @@ class CaptureProduct(TorchFunctionMode):
         if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
             return None
         return AttentionScores(Products(q, self._ungrouped(k)), self.origin, hooks=self.hooks)
+
+    def _attended(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        """`torch.nn.functional.scaled_dot_product_attention`, step by step."""
+        self.scores = AttentionScores(Products(q, self._ungrouped(k)), self.origin, hooks=self.hooks)
+        scores: Any = self.scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            rows, keys = (torch.arange(n, dtype=torch.int32, device=q.device) for n in scores.shape[-2:])
+            stop = (rows + 1).clamp(max=len(keys))  # torch counts queries from the first key, whatever a KV cache holds
+            scores = scores.with_mask(AttentionMask(None, stop, len(keys)))
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        pattern = torch.nn.functional.dropout(torch.softmax(scores, -1), dropout_p)
+        return pattern @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
     def _biased_product(self, bias: Tensor, batch1: Tensor, batch2: Tensor, beta: float = 1, alpha: float = 1) -> Any:
         """`beta * bias + alpha * q @ k^T`, batch and heads merged (BLOOM)."""

@@ -11,7 +11,7 @@ from tl_stream.tensors.names import is_in_place
 from tl_stream.tensors.slice_view import SliceView, Source
 from tl_stream.tensors.wrapper import TO_LOOK_AT, SparseTensor
 
-_INSTEAD = {
+_INSTEAD: dict[str, str] = {
     **dict.fromkeys(("tolist", "numpy", "array"), TO_LOOK_AT),
     **dict.fromkeys(
         ("matmul", "rmatmul", "bmm", "mm", "einsum"),
@@ -19,10 +19,15 @@ _INSTEAD = {
         "or torch.einsum('hqj,hjk,kd->hqd', p, q, v).",
     ),
     **dict.fromkeys(
-        ("flip", "fliplr", "flipud", "roll", "sort", "cumsum", "pad", "softmax"),
+        ("flip", "fliplr", "flipud", "roll", "sort", "argsort", "msort", "cumsum", "cumprod", "cummax", "pad", "softmax"),
         "Do it to a row, a window or what was reduced or pooled: x.sum(-2).flip(-1), x[..., -1, :].cumsum(-1).",
     ),
 }
+_INSTEAD |= dict.fromkeys(
+    ("topk", "kthvalue", "median", "quantile", "nanmedian", "nanquantile", "mode"),
+    "Along the keys topk, median and quantile work; for others take the heads and keys that you mean (x[0, 1, :, 100:164]), or "
+    "reduce first (x.sum(-2).topk(5), x.amax(-2)).",
+)
 _OTHERWISE = "Take a part first (a head and some rows, or a window), or work on .row_values()."
 
 

@@ -16,6 +16,7 @@ from tl_stream.tensors import (
     gradients,
     indexing,
     positions,
+    ranks,
     reductions,
     sink,
 )
@@ -131,6 +132,7 @@ _HANDLERS: dict[str, Handler] = {
     **everywhere.HANDLERS,
     **extremes.HANDLERS,
     **positions.HANDLERS,
+    **ranks.HANDLERS,
     **reductions.HANDLERS,
     **gradients.HANDLERS,
     **backward_hooks.HANDLERS,

@@ -22,13 +22,13 @@ def _candidates(tensor: BlockSparseTensor, k: int, largest: bool) -> tuple[Tenso
     keys, real = row_keys(tensor)
     worst = -torch.inf if largest else torch.inf
     kept = tensor.row_values().masked_fill(~real, worst)
-    gaps = _gaps(keys, real, k)
-    outside = torch.full(gaps.shape, tensor.fill, dtype=kept.dtype, device=kept.device)
-    values = torch.cat([kept, outside.masked_fill(gaps >= tensor.shape[-1], worst)], -1)
-    return values, torch.cat([keys.masked_fill(~real, NEVER), gaps], -1)
+    between = gaps(keys, real, k)
+    outside = torch.full(between.shape, tensor.fill, dtype=kept.dtype, device=kept.device)
+    values = torch.cat([kept, outside.masked_fill(between >= tensor.shape[-1], worst)], -1)
+    return values, torch.cat([keys.masked_fill(~real, NEVER), between], -1)
 
 
-def _gaps(keys: Int[Tensor, "*row key"], real: Bool[Tensor, "*row key"], k: int) -> Int[Tensor, "*row k"]:
+def gaps(keys: Int[Tensor, "*row key"], real: Bool[Tensor, "*row key"], k: int) -> Int[Tensor, "*row k"]:
     """The first k keys of each row that are not kept, counted on past the last key. Kept keys come in ascending order."""
     nth = torch.arange(k, device=keys.device).expand(*keys.shape[:-1], k).contiguous()
     if not keys.shape[-1]:

@@ -6,7 +6,8 @@ Any index that torch knows is applied to the coordinates of the entries instead 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +77,8 @@ class Picked(Source):
         Raises:
             ValueError: A value other than `fill` outside the kept blocks.
         """
-        self.tensor._data.check_writable()
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self.tensor._data.in_graph):
+        with _writing(self.tensor._data):
             write_picked(self.tensor, self.pick, value, extend)
-        self.tensor._data.version += 1
 
 
 def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
@@ -88,17 +87,28 @@ def write(tensor: BlockSparseTensor, key: Any, value: Any) -> None:
     Raises:
         ValueError: A value other than `fill` for an entry outside the kept blocks.
     """
-    tensor._data.check_writable()
     selection = tensor._view.index(key)
-    # Also under no_grad: a graph that has begun must not end at a write, or q and k would get no gradient at all.
-    with torch.set_grad_enabled(torch.is_grad_enabled() or tensor._data.in_graph):
+    with _writing(tensor._data):
         if isinstance(value, BlockSparseTensor):
             _write_sparse(tensor, key, value)
         elif selection is not None and is_scalar(value):
             _write_scalar(tensor._data, selection, value)
         else:
             write_picked(tensor, lambda grid: grid[key], value)
-    tensor._data.version += 1
+
+
+@contextmanager
+def _writing(data: BlockData) -> Iterator[None]:
+    """A write, which counts in `data.version` unless it touched no kept entry, and so changed nothing.
+
+    Also under no_grad the graph goes on: one that has begun must not end at a write, or q and k would get no gradient at all.
+    """
+    data.check_writable()
+    before = data.values, data.layout, data.outside
+    with torch.set_grad_enabled(torch.is_grad_enabled() or data.in_graph):
+        yield
+    changed = any(a is not b for a, b in zip(before, (data.values, data.layout, data.outside), strict=True))
+    data.version += int(changed)
 
 
 def _write_scalar(data: BlockData, selection: Selection, value: Any) -> None:

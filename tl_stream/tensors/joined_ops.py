@@ -156,6 +156,24 @@ def _topk(tensor: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
     return join([part.topk(k, -1, *args, **kwargs) for part, _ in tensor.shown])
 
 
+def _along_keys(name: str, place: int) -> Callable[..., Any]:
+    """A quantile, median or product of each row; `place` of `dim` among the arguments."""
+
+    def handler(tensor: Any, *args: Any, **options: Any) -> Any:
+        dim = options.get("dim", args[place] if len(args) > place else None)
+        keepdim = options.get("keepdim", args[place + 1] if len(args) > place + 1 else False)
+        if dim is None or slicing.dimensions(tensor, dim) != [tensor.dim() - 1]:
+            return NotImplemented
+        return join([getattr(part, name)(*args, **options) for part, _ in tensor.shown], -2 if keepdim else -1)
+
+    return handler
+
+
+def _histc(tensor: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:
+    low, high = (float(tensor.min()), float(tensor.max())) if min == max else (min, max)
+    return sum(part.histc(bins, low, high) for part, _ in tensor.shown)
+
+
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "getitem": read,
     "setitem": write,
@@ -167,6 +185,10 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "nonzero": nonzero,
     "argwhere": nonzero,
     "topk": _topk,
+    "quantile": _along_keys("quantile", 1),
+    "median": _along_keys("median", 0),
+    "prod": _along_keys("prod", 0),
+    "histc": _histc,
     **{name: _triangle(name) for name in ("tril", "triu")},
     **{f"{name}_": _triangle_in_place(name) for name in ("tril", "triu")},
     "fill_diagonal_": positions.HANDLERS["fill_diagonal_"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_stream.precision import as_product, outside_autocast
@@ -109,7 +110,31 @@ class SparseTensor(Wrapper):
 
     def grouped(self, rows: Groups, keys: Groups, how: How) -> Any:
         """Sum, maximum or minimum over each group of rows x group of keys, an ordinary tensor; NotImplemented if unknown."""
-        raise NotImplementedError
+        return NotImplemented
+
+    def coarsen(self, segments: Any) -> Float[Tensor, "*lead segment segment"]:
+        """Mean over each segment's rows and each segment's keys, an ordinary tensor; dropped entries count as what they hold.
+
+        O(kept values) time, memory for the values and segments^2 numbers a head. `tl_stream.analysis.sentence_matrix` does it
+        for one layer of a cache head by head, also where everything is kept.
+
+        Args:
+            segments: Stretches of the text in order: `analysis.sentences(...)`, spans, slices, or pairs (start, stop).
+
+        Raises:
+            TypeError, ValueError: As `Groups.of_spans`; also rows and keys that aren't the same tokens, or too many segments.
+            NotImplementedError: Rows or keys are merged with other dimensions.
+        """
+        rows, keys = self.shape[-2:]
+        if rows != keys:
+            raise ValueError(f"coarsen() got {rows} rows and {keys} keys; expected those of a whole text.")
+        groups = Groups.of_spans(segments, keys, self.device)
+        total = self.grouped(groups, groups, "sum")
+        if total is NotImplemented:
+            raise NotImplementedError(
+                "coarsen() is not known where rows or keys aren't the last two dimensions; call it first."
+            )
+        return total / (groups.counts[:, None] * groups.counts)
 
     def stored_tensors(self) -> list[Tensor]:
         """The ordinary tensors that hold this one's memory."""

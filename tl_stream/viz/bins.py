@@ -84,8 +84,13 @@ class Bins:
         of the bin that reads there most gives, so that a single token's reading is not thinned by its neighbours'.
 
         Raises:
-            ValueError: Neither of the two.
+            ValueError: Neither of the two, or a pattern that isn't of the whole text.
         """
+        if tuple(pattern.shape[-2:]) != (self.n_tokens, self.n_tokens):
+            raise ValueError(
+                f"pattern was of {pattern.shape[-2]} queries and {pattern.shape[-1]} keys; expected that of a whole text, of "
+                f"{self.n_tokens} tokens. Run the text without pos_slice and past_kv_cache."
+            )
         if over_queries not in get_args(OverQueries):
             raise ValueError(f"over_queries was {over_queries!r}; expected one of {get_args(OverQueries)}.")
         mass = self.mass(pattern)
