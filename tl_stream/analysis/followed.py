@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -101,7 +101,7 @@ class Rule:
             n_edges: How many there are, at most.
         """
         if self.follow is None:
-            return Edges.joined([part.where(part.weight >= self.threshold) for part in parts])
+            return Edges.joined([part.where(part.weight >= cast(float, self.threshold)) for part in parts])
         before, after = (1 - (1 - self.follow) * i / self.n_steps for i in (step - 1, step))
         loss, large = float(stream.sum()) * (1 - after / before), []
         floor = loss / n_edges
