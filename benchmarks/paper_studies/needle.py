@@ -24,7 +24,7 @@ from torch import Tensor
 import tl_stream
 from paper_studies.configs import Candidate, budget_of, ours, paper
 from paper_studies.finished import Finished, digest
-from paper_studies.loading import check_context, tokens_of
+from paper_studies.loading import check_context, tokens_of, up_to_answer
 from tl_stream import StreamConfig
 from tl_stream.analysis import cut_edges, flow_names, needle_grid, needle_routes, random_edges
 from tl_stream.analysis.needle_store import as_json
@@ -88,7 +88,8 @@ def needle_study(model: Any, settings: NeedleSettings, finished: Finished) -> di
     for length in settings.lengths:
         texts: Any = [make(model.tokenizer, length, depth=depth, seed=SEARCH_SEED) for depth in settings.depths]
         tokens = torch.cat([tokens_of(model, text.prompt) for text in texts])
-        tried = {candidate.name: searched(model, candidate, tokens, finished) for candidate in settings.candidates}
+        before = torch.cat([up_to_answer(model, text) for text in texts])
+        tried = {candidate.name: searched(model, candidate, tokens, before, finished) for candidate in settings.candidates}
         configs = {name: config for name, (config, _) in tried.items() if config is not None}
         cells = finished.cells({"samples": settings.samples})
         grid = needle_grid(
@@ -110,9 +111,9 @@ def needle_study(model: Any, settings: NeedleSettings, finished: Finished) -> di
 
 
 def searched(
-    model: Any, candidate: Candidate, tokens: Tensor, finished: Finished
+    model: Any, candidate: Candidate, tokens: Tensor, before: Tensor, finished: Finished
 ) -> tuple[StreamConfig | None, dict[str, Any]]:
-    """The smallest budget that will do in all of some texts, and what it keeps."""
+    """The smallest budget that will do in all of some texts, and what it keeps in these up to their answers."""
 
     def compute() -> dict[str, Any]:
         search = candidate.search(model, tokens)
@@ -123,7 +124,7 @@ def searched(
             "run": candidate.name,
             "k": budget_of(config),
             "pruned": None if best is None else best.pruned,
-            "mass kept, answer's row": None if config is None else answer_mass(model, tokens, config),
+            "mass kept, answer's row": None if config is None else answer_mass(model, before, config),
             "budgets tried": len(search.evaluations),
             "larger ones do, too": search.is_monotone,
             "exact for": "the sparse model",
@@ -168,7 +169,7 @@ def accuracy_row(run: str, part: pandas.DataFrame, exact_for: str) -> dict[str, 
 
 def routed(model: Any, name: str, config: StreamConfig, task: NeedleTask) -> dict[str, Any]:
     """The routes that carry the most, and the probability of the sparse model's own next token with and without them."""
-    tokens = tokens_of(model, task.prompt)
+    tokens = up_to_answer(model, task)
     logits, run = model.run_with_sparse_cache(tokens, config=config, names_filter=flow_names, logits_to_keep=1)
     routes = needle_routes(run, task.needle, top=TOP_ROUTES)
     token, fixed = int(logits[0, -1].argmax()), replace(config, layout_from=run)

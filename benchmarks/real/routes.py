@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paper_studies.loading import with_answer
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
@@ -95,13 +96,6 @@ def case(model: Any, length: int, number: int) -> dict[str, Any]:
 def chances(logits: Tensor, digits: Tensor) -> list[float]:
     """The probability of each digit after those before it."""
     return [round(p, 4) for p in logits.softmax(-1).gather(-1, digits[:, None])[:, 0].tolist()]
-
-
-def with_answer(model: Any, task: NeedleTask) -> tuple[Tensor, int]:
-    """The prompt and its answer, `[1, pos]`, and how many tokens its digits are (a space before them may be one, too)."""
-    encoded = model.tokenizer(f"{task.prompt} {task.answer}", return_offsets_mapping=True)
-    first = len(task.prompt) + 1
-    return torch.tensor([encoded["input_ids"]]), sum(stop > first for _, stop in encoded["offset_mapping"])
 
 
 def logits_of(model: Any, text: Tensor, config: StreamConfig, n_digits: int, edges: list[Any]) -> Tensor:
