@@ -68,7 +68,7 @@ def tokens_of(model: Any, text: str) -> torch.Tensor:
 
 
 def with_answer(model: Any, task: Task) -> tuple[torch.Tensor, int]:
-    """A task's prompt and its answer, `[1, pos]`, and how many tokens are the answer's; a space before it may be one of its own."""
+    """A task's prompt and its answer, `[1, pos]`, and how many tokens are the answer's, without a space before it."""
     encoded = model.tokenizer(f"{task.prompt} {task.answer}", return_offsets_mapping=True)
     first = len(task.prompt) + 1
     tokens = torch.tensor([encoded["input_ids"]], device=next(model.parameters()).device)
