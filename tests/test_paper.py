@@ -14,7 +14,7 @@ import torch
 from paper_studies import dry_run
 from paper_studies.configs import Candidate, ours
 from paper_studies.finished import Finished
-from paper_studies.loading import InputError, load
+from paper_studies.loading import InputError, load, up_to_answer, with_answer
 from paper_studies.needle import fitted
 from paper_studies.traces import Trace, generate, read
 
@@ -22,6 +22,7 @@ import tl_stream
 from tl_stream.analysis import needle_grid
 from tl_stream.budget import Sqrt
 from tl_stream.fidelity.budget_result import BudgetSearch, Evaluation
+from tl_stream.tasks import niah_single_1
 
 THOUGHTS = " ".join(f"This is thought number {number} of them." for number in range(8))
 
@@ -176,3 +177,13 @@ def test_a_step_that_was_half_written_is_done_again(tmp_path: Path) -> None:
 def test_lengths_are_those_that_the_model_reads() -> None:
     assert fitted((4096, 8192, 16384, 20000), 8192) == (4096, 8128)
     assert fitted((4096, 8192, 16384, 20000), 32768) == (4096, 8192, 16384, 20000)
+
+
+def test_a_prompt_is_read_up_to_its_answers_first_token(reasoner: Any) -> None:
+    """Whether or not the space before it is a token of its own."""
+    task = niah_single_1(reasoner.tokenizer, 256, depth=0.5, seed=1)
+    tokens, n_answer = with_answer(reasoner, task)
+    said = reasoner.tokenizer.decode(tokens[0, -n_answer:])
+    assert said.strip() == task.answer
+    assert reasoner.tokenizer.decode(up_to_answer(reasoner, task)[0]).rstrip().endswith("is:")
+    assert reasoner.tokenizer.decode(tokens[0, -n_answer]).strip()
