@@ -130,8 +130,9 @@ def test_what_stands_before_the_answer_does_not_count(model: Any, monkeypatch: p
     assert speaker.asked == ([7] if n_before == 0 else [7, 7 + len(task.question)])
     assert run.attention.shape[1] == 7
     prompt = model.to_tokens(task.prompt)
-    own = speaker.real(model, prompt, n_before + 7)
-    _, plain = model.run_with_cache(torch.cat([prompt, own], 1)[:, :-1])
+    options = {"max_new_tokens": n_before + 7, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    own = model.generate(prompt, use_past_kv_cache=False, **options)
+    _, plain = model.run_with_cache(own[:, :-1])
     for layer in range(model.cfg.n_layers):
         expected = plain["pattern", layer][0, :, -7:, task.needle.slice].transpose(0, 1)
         torch.testing.assert_close(run.attention[layer], expected, atol=1e-5, rtol=0)
