@@ -72,7 +72,7 @@ def needle_grid(text: Text) -> bool:
 
 def needle_routes(text: Text) -> bool:
     cache = text.run(analysis.flow_names)
-    found = analysis.needle_routes(cache, text.task.needle, top=3, least=1e-3)
+    found = analysis.needle_routes(cache, text.task.needle, top=3)
     edges = analysis.random_edges(cache, 16)
     with tl_stream.sparse(text.model, CONFIG, logits_to_keep=1):
         cut = text.model.run_with_hooks(text.tokens, fwd_hooks=analysis.cut_edges([*found.edges, *edges]))

@@ -1,11 +1,12 @@
 """The two studies of the Stream paper (Rosser et al. 2025, arXiv:2510.19875), with its settings and with this package's.
 
-    python benchmarks/paper.py needle [--model NAME_OR_FOLDER] [--dry-run] [--cells FILE] [--json FILE]
-    python benchmarks/paper.py anchors [--model NAME_OR_FOLDER] [--dry-run] [--trace FILE ...] [--json FILE]
+    python benchmarks/paper.py needle [--model NAME_OR_FOLDER] [--lengths N ...] [--depths X ...] [--samples N] [--json FILE]
+    python benchmarks/paper.py anchors [--model NAME_OR_FOLDER] [--new-tokens N] [--traces N | --trace FILE ...] [--json FILE]
 
 `needle` hides numbers in essays, for google/gemma-3-1b-it; `anchors` scores the sentences of reasoning traces, for
-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B. With --dry-run a small model of the same architecture with random weights, built and
-saved here, stands in its place: the same code, smaller texts, no network, and figures that mean nothing.
+deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B. Each finished step is printed, and kept in the folder --results: the same command
+goes on where it was interrupted, and repeats no search. With --dry-run a small model of the same architecture with random
+weights, built and saved here, stands in its place: the same code, smaller texts, no network, and figures that mean nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,14 +24,15 @@ from typing import Any
 import torch
 from paper_studies import dry_run
 from paper_studies.anchors import TraceSettings, anchors_study
-from paper_studies.loading import InputError, load
-from paper_studies.needle import DRY, FULL, needle_study
-from paper_studies.traces import PROBLEMS, generate, read
+from paper_studies.finished import Finished
+from paper_studies.loading import InputError, load, tokens_of
+from paper_studies.needle import DRY, FULL, fitted, needle_study
+from paper_studies.traces import PROBLEMS, Trace, begin, generate, read
 from rich.console import Console
-from tqdm import trange
 
 from tl_stream import StreamConfig
 from tl_stream.analysis import AnchorSettings
+from tl_stream.analysis.needle_study import weights_digest
 from tl_stream.audit import records
 from tl_stream.budget import Sqrt
 from tl_stream.tasks import reasoning_trace
@@ -40,7 +41,8 @@ MODELS = {"needle": "google/gemma-3-1b-it", "anchors": "deepseek-ai/DeepSeek-R1-
 STAND_INS = {"needle": dry_run.save_gemma, "anchors": dry_run.save_qwen}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DRY_SENTENCES, DRY_TOKENS = 24, 32
-ONLY_JSON = ("cells", "scores", "receiver heads")
+ONLY_JSON = ("cells", "scores", "receiver heads", "budget", "text")
+RESULTS = Path("paper-results")
 RANDOM = (
     "DRY RUN: random weights, small texts. No figure below means anything; that there are figures shows that the code runs."
 )
@@ -55,7 +57,7 @@ def main() -> int:
             if options.dry_run:
                 STAND_INS[options.study](Path(folder))
             model = load(folder if options.dry_run else options.model, options.device, DTYPES[options.dtype])
-        found = plain(needle(model, options) if options.study == "needle" else anchors(model, options))
+        found = plain(STUDIES[options.study](model, options, remembered(model, options)))
     except InputError as error:
         parser.error(str(error))
     seconds = time.perf_counter() - start
@@ -67,15 +69,38 @@ def main() -> int:
     return 0
 
 
-def needle(model: Any, options: argparse.Namespace) -> Tables:
+def remembered(model: Any, options: argparse.Namespace) -> Finished:
+    """What is done already of a study of this model; nothing is kept of a dry run, unless a folder is named."""
+    folder = options.results or (None if options.dry_run else RESULTS)
+    about = {"study": options.study, "model": weights_digest(model), "dtype": options.dtype, "version": version("tl-stream")}
+    return Finished(folder, about, say)
+
+
+def say(step: str, value: Any) -> None:
+    """A line for each row that a step gave."""
+    for row in value if isinstance(value, list) else [value]:
+        if isinstance(row, dict):
+            cells = [f"{name} {written(cell)}" for name, cell in row.items() if name not in ONLY_JSON]
+            print(f"{step}: {', '.join(cells)}", flush=True)
+
+
+def needle(model: Any, options: argparse.Namespace, finished: Finished) -> Tables:
     settings = DRY if options.dry_run else FULL
-    if options.lengths:
-        settings = replace(settings, lengths=tuple(sorted(options.lengths)))
-    return needle_study(model, settings, options.cells)
+    lengths, depths = (tuple(sorted(set(each or ()))) for each in (options.lengths, options.depths))
+    settings = replace(
+        settings,
+        lengths=lengths or settings.lengths,
+        depths=depths or settings.depths,
+        samples=settings.samples if options.samples is None else options.samples,
+    )
+    if not lengths and (fit := fitted(settings.lengths, model.cfg.n_ctx)) != settings.lengths:
+        print(f"lengths: {fit}, for the model reads {model.cfg.n_ctx} tokens", flush=True)
+        settings = replace(settings, lengths=fit)
+    return needle_study(model, settings, finished)
 
 
-def anchors(model: Any, options: argparse.Namespace) -> Tables:
-    settings = TraceSettings()
+def anchors(model: Any, options: argparse.Namespace, finished: Finished) -> Tables:
+    settings = TraceSettings(traces=options.traces)
     if options.dry_run:
         begun = reasoning_trace(model.tokenizer, DRY_SENTENCES, seed=0).text
         settings = TraceSettings(
@@ -85,9 +110,25 @@ def anchors(model: Any, options: argparse.Namespace) -> Tables:
     if options.trace:
         traces = [read(model, path) for path in options.trace]
     else:
-        seeds = trange(settings.traces, desc="generated traces", file=sys.stderr)
-        traces = [generate(model, PROBLEMS[seed], settings.thoughts, settings.new_tokens, seed) for seed in seeds]
-    return anchors_study(model, traces, settings)
+        traces = [own_trace(model, seed, settings, options.new_tokens, finished) for seed in range(settings.traces)]
+    return anchors_study(model, traces, settings, finished)
+
+
+def own_trace(model: Any, seed: int, settings: TraceSettings, new_tokens: int | None, finished: Finished) -> Trace:
+    """One that the model writes; of as many tokens as it reads, where no number was asked for."""
+    problem = PROBLEMS[seed]
+    room = model.cfg.n_ctx - tokens_of(model, begin(model, problem, settings.thoughts)).shape[1]
+    n = min(settings.new_tokens, room) if new_tokens is None else new_tokens
+
+    def compute() -> dict[str, Any]:
+        trace = generate(model, problem, settings.thoughts, n, seed)
+        return {"name": trace.name, "tokens": trace.tokens.shape[1], "sentences": len(trace.sentences), "text": trace.text}
+
+    row = finished.once("trace", {"problem": problem, "thoughts": settings.thoughts, "new_tokens": n, "seed": seed}, compute)
+    return Trace.of(model, row["name"], row["text"])
+
+
+STUDIES = {"needle": needle, "anchors": anchors}
 
 
 def show(found: Tables, options: argparse.Namespace, seconds: float) -> None:
@@ -124,12 +165,20 @@ def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         part = studies.add_parser(study)
         part.add_argument("--model", default=model, metavar="NAME", help=f"a Hugging Face name or a folder ({model})")
         part.add_argument("--dry-run", action="store_true", help="a small random model in its place, small texts")
+        part.add_argument(
+            "--results", type=Path, metavar="FOLDER", help=f"finished steps, with which a study goes on ({RESULTS}; dry: none)"
+        )
         part.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
         part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         part.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     needle, anchors = (studies.choices[study] for study in MODELS)
-    needle.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help=f"of the prompts ({FULL.lengths})")
-    needle.add_argument("--cells", type=Path, metavar="FILE", help="finished cells: an interrupted study goes on")
+    needle.add_argument(
+        "--lengths", type=int, nargs="+", metavar="TOKENS", help=f"of the prompts ({FULL.lengths}, up to n_ctx)"
+    )
+    needle.add_argument("--depths", type=float, nargs="+", metavar="SHARE", help=f"of the needle, 0 to 1 ({FULL.depths})")
+    needle.add_argument("--samples", type=int, metavar="N", help=f"texts of each length and depth ({FULL.samples})")
+    anchors.add_argument("--traces", type=int, choices=range(1, len(PROBLEMS) + 1), default=len(PROBLEMS), help="how many")
+    anchors.add_argument("--new-tokens", type=int, metavar="N", help=f"of each, at most ({TraceSettings.new_tokens})")
     anchors.add_argument("--trace", type=Path, nargs="+", metavar="FILE", help="read these traces instead of generating some")
     options = parser.parse_args()
     return options, parser

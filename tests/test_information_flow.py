@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +98,56 @@ def test_the_graph_equals_brute_force(variant: str, config: StreamConfig) -> Non
     assert not cache.fallbacks
 
 
+@CONFIGS
+@pytest.mark.parametrize("variant", ["gqa", "parallel"])
+@pytest.mark.parametrize("follow", [0.5, 0.9, 1.0])
+@torch.no_grad()
+def test_as_much_is_followed_as_was_asked_for(variant: str, follow: float, config: StreamConfig) -> None:
+    """The fewest edges that hold each step's share of what comes into it: without the least of them it would be too little."""
+    model = build(variant)
+    _, cache = model.run_with_sparse_cache(tokens(LENGTH), config=config)
+    for target in (LENGTH - 1, None):
+        graph = information_flow(cache, model, target, follow=follow)
+        assert graph.followed >= follow - 1e-9
+        frame = graph.to_dataframe()
+        steps = list(frame.groupby([-frame["layer"], ~frame["kind"].isin(["mlp", "past_mlp"]) | (variant == "parallel")]))
+        stream = dict.fromkeys(graph.targets, 1 / len(graph.targets))
+        for i, (_, edges) in enumerate(steps, 1):
+            assert edges["flow"].tolist() == pytest.approx([stream[e.query_pos] * e.weight for e in edges.itertuples()])
+            keep = (1 - (1 - follow) * i / len(steps)) / (1 - (1 - follow) * (i - 1) / len(steps)) * sum(stream.values())
+            assert edges["flow"].sum() >= keep - 1e-9
+            assert edges["flow"].sum() - edges["flow"].min() < keep
+            stream = edges.groupby("key_pos")["flow"].sum().to_dict()
+        assert graph.followed == pytest.approx(sum(stream.values()))
+        assert f"{graph.followed:.2%} of the stream, {1 - graph.followed:.2%} not followed" in repr(graph)
+
+
+@torch.no_grad()
+def test_with_everything_followed_every_edge_is_there() -> None:
+    model = build()
+    _, cache = model.run_with_sparse_cache(tokens(LENGTH), config=PRUNED)
+    found = {tuple(edge[:5]) for edge in information_flow(cache, model, follow=1.0).edges}
+    assert found == expected_graph(cache, model, LENGTH - 1, 0.0, 0).keys()
+
+
+@torch.no_grad()
+def test_a_threshold_that_follows_little_says_so() -> None:
+    """The share is that of all paths of edges of such a weight."""
+    model = build()
+    _, cache = model.run_with_sparse_cache(tokens(LENGTH), config=PRUNED)
+    with pytest.warns(UserWarning, match=r"% of the stream, .*% not followed.*give follow=0.9"):
+        graph = information_flow(cache, model, threshold=0.2)
+    into: dict[Any, float] = {("resid_pre", 3, LENGTH - 1): 1.0}
+    for edge in graph.edges:
+        below, above = graph.nodes(edge)
+        into[below] = into.get(below, 0.0) + into[above] * edge.weight
+    assert graph.followed == pytest.approx(sum(share for node, share in into.items() if node[:2] == ("resid_pre", 0)))
+    assert graph.followed < 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert information_flow(cache, model, threshold=1e-4).followed > 0.5
+
+
 @pytest.mark.parametrize(
     "family", ["Llama", "GPT-2", "GPT-OSS", "BLOOM", "GPT-NeoX", "Falcon", "Native, attention only", "Gemma 2", "Gemma 3"]
 )
@@ -138,14 +189,13 @@ def test_the_exact_forward_weighs_recorded_entries() -> None:
 def test_shown_as_networkx_json_and_frame() -> None:
     model = build()
     _, cache = model.run_with_sparse_cache(tokens(LENGTH), config=PRUNED)
-    found = information_flow(cache, model, 20)
+    found = information_flow(cache, model, 20, follow=1.0)
     graph = found.to_networkx()
     assert graph.number_of_edges() == len(found.edges) == len(found.to_dataframe())
     assert ("resid_pre", 3, 20) in graph
     for node in graph:
         into = sum(edge["weight"] for _, _, edge in graph.in_edges(node, data=True))
-        assert into <= 1 + 1e-6
-        assert into > 0.5 or node[:2] == ("resid_pre", 0)
+        assert into == pytest.approx(0.0 if node[:2] == ("resid_pre", 0) else 1.0, abs=1e-6)
     plain = json.loads(found.to_json())
     assert plain["targets"] == [20]
     assert plain["edges"][3] == found.edges[3]._asdict()
@@ -209,6 +259,10 @@ def test_bad_arguments() -> None:
     _, cache = model.run_with_sparse_cache(text, config=PRUNED)
     with pytest.raises(IndexError, match="target_pos was 29; expected a token position from -29 to 28"):
         information_flow(cache, model, 29)
+    with pytest.raises(ValueError, match=r"follow was 0\.9 and threshold 0\.1; expected one of them"):
+        information_flow(cache, model, follow=0.9, threshold=0.1)
+    with pytest.raises(ValueError, match="follow was 0; expected the share of the stream"):
+        information_flow(cache, model, follow=0)
     with pytest.raises(ValueError, match="threshold was 0; expected a weight between 0 and 1"):
         information_flow(cache, model, threshold=0)
     with pytest.raises(IndexError, match="text was 2; expected the index of one of the 2 texts"):

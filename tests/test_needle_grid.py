@@ -95,12 +95,56 @@ def test_answers_are_those_of_greedy_generation(model: Any) -> None:
     for config in (replace(CONFIG, k=1), replace(CONFIG, k=4)):
         with tl_stream.sparse(model, config):
             output = model.generate(prompt, max_new_tokens=7, do_sample=False, stop_at_eos=False, verbose=False)
-        assert run_task(model, task, config).output == model.tokenizer.decode(output[0, 384:])
+        assert run_task(model, task, config).output.startswith(model.tokenizer.decode(output[0, 384:]))
     options = {"max_new_tokens": 7, "do_sample": False, "stop_at_eos": False, "verbose": False}
     plain = model.generate(prompt, use_past_kv_cache=False, **options)
     dense = run_task(model, task, dense_config(CONFIG))
     assert dense.output == model.tokenizer.decode(plain[0, 384:])
     assert dense.output.strip() == task.answer
+
+
+class Speaker:
+    """Stands for generation: says given words, of which it has as many tokens as are asked for."""
+
+    def __init__(self, model: Any, text: str) -> None:
+        self.tokens = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        self.asked: list[int] = []
+        self.real = needle_run.greedy_tokens
+
+    def __call__(self, model: Any, prompt: Tensor, steps: int) -> Tensor:
+        self.asked.append(steps)
+        self.real(model, prompt, steps)
+        return self.tokens[:, :steps]
+
+
+@pytest.mark.parametrize("before", ["", "it is", "one of the special magic numbers is:"])
+@torch.no_grad()
+def test_what_stands_before_the_answer_does_not_count(model: Any, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """Neither in the answer nor in the attention to the needle; the steps are the model's own, whatever is made of them."""
+    task = niah_single_1(model.tokenizer, 192, depth=0.5, seed=2)
+    monkeypatch.setattr(needle_run, "greedy_tokens", speaker := Speaker(model, f"{before} {task.answer} . the grass"))
+    run = run_task(model, task, dense_config(CONFIG))
+    assert task.score(run.output) == 1.0
+    assert run.output.endswith(task.answer)
+    n_before = len(model.tokenizer(before, add_special_tokens=False)["input_ids"])
+    assert speaker.asked == ([7] if n_before == 0 else [7, 7 + len(task.question)])
+    assert run.attention.shape[1] == 7
+    prompt = model.to_tokens(task.prompt)
+    options = {"max_new_tokens": n_before + 7, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    own = model.generate(prompt, use_past_kv_cache=False, **options)
+    _, plain = model.run_with_cache(own[:, :-1])
+    for layer in range(model.cfg.n_layers):
+        expected = plain["pattern", layer][0, :, -7:, task.needle.slice].transpose(0, 1)
+        torch.testing.assert_close(run.attention[layer], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_nothing_after_the_end_is_an_answer(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = niah_single_1(model.tokenizer, 192, depth=0.5, seed=2)
+    monkeypatch.setattr(needle_run, "greedy_tokens", speaker := Speaker(model, f"it is </s> {task.answer}"))
+    run = run_task(model, task, dense_config(CONFIG))
+    assert task.score(run.output) == 0.0
+    assert run.attention.shape[1] == speaker.tokens[0].tolist().index(model.tokenizer.eos_token_id) + 1
 
 
 def test_kept_keys_of_the_last_row() -> None:

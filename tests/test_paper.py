@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -11,12 +12,17 @@ import paper
 import pytest
 import torch
 from paper_studies import dry_run
-from paper_studies.configs import ours
-from paper_studies.loading import InputError, load
+from paper_studies.configs import Candidate, ours
+from paper_studies.finished import Finished
+from paper_studies.loading import InputError, load, up_to_answer, with_answer
+from paper_studies.needle import fitted
 from paper_studies.traces import Trace, generate, read
 
 import tl_stream
+from tl_stream.analysis import needle_grid
 from tl_stream.budget import Sqrt
+from tl_stream.fidelity.budget_result import BudgetSearch, Evaluation
+from tl_stream.tasks import niah_single_1
 
 THOUGHTS = " ".join(f"This is thought number {number} of them." for number in range(8))
 
@@ -87,3 +93,97 @@ def test_the_largest_growing_budget_keeps_everything(n_blocks: int) -> None:
 
 def test_undefined_numbers_are_null() -> None:
     assert paper.plain({"a": [math.nan, 1.0], "b": (2, "c")}) == {"a": [None, 1.0], "b": [2, "c"]}
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all searches that are begun; each takes the second budget it may."""
+    begun: list[str] = []
+
+    def search(self: Candidate, model: Any, tokens: Any) -> Any:
+        begun.append(self.name)
+        evaluation = Evaluation(2, 0.5, matched=True)
+        return BudgetSearch(self.vary(2), (evaluation,), "the same tokens", "budget")
+
+    monkeypatch.setattr(Candidate, "search", search)
+    return begun
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["paper.py", *arguments])
+    return paper.main()
+
+
+@pytest.mark.parametrize(
+    ("study", "steps"), [("needle", ["needle_grid", "routed"]), ("anchors", ["fidelity_row", "receivers", "suppressions"])]
+)
+def test_an_interrupted_study_goes_on(
+    study: str,
+    steps: list[str],
+    searched: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever it was: each step is done once, and said each time; another size does what is new."""
+    size = ["--lengths", "192", "--depths", "0.5", "--samples", "1"] if study == "needle" else ["--new-tokens", "8"]
+    command = [study, "--dry-run", "--results", str(tmp_path / "results"), *size]
+    module = f"paper_studies.{study}"
+    for step in steps:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.{step}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(monkeypatch, *command)
+    names = list(searched)
+    assert len(names) == (3 if study == "needle" else 2)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("search: ")]
+    assert len(said) == len(names) * (2 if study == "needle" else 3)
+    assert run(monkeypatch, *command, "--json", str(tmp_path / "first.json")) == 0
+    with monkeypatch.context() as patch:
+        for step in steps:
+            patch.setattr(f"{module}.{step}", needle_grid if step == "needle_grid" else interrupted)
+        patch.setattr("paper.generate", interrupted)
+        patch.setattr("tl_stream.analysis.needle_study.run_task", interrupted)
+        assert run(monkeypatch, *command, "--json", str(tmp_path / "second.json")) == 0
+    assert searched == names
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_step_that_was_half_written_is_done_again(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def finished(about: dict[str, Any]) -> Finished:
+        return Finished(tmp_path, about, lambda step, value: done.append(f"{step} {value}"))
+
+    finished({"model": "a"}).once("search", {"k": 1}, lambda: {"x": (1, 2)})
+    file = tmp_path / "steps.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + whole[:20])
+    again = finished({"model": "a"})
+    assert again.once("search", {"k": 1}, interrupted) == {"x": [1, 2]}
+    again.once("search", {"k": 2}, lambda: 3)
+    finished({"model": "b"}).once("search", {"k": 1}, lambda: 4)
+    last = finished({"model": "b"})
+    assert [last.once("search", {"k": 1}, interrupted), again.once("search", {"k": 2}, interrupted)] == [4, 3]
+    assert done == ["search {'x': [1, 2]}", "search {'x': [1, 2]}", "search 3", "search 4", "search 4", "search 3"]
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_lengths_are_those_that_the_model_reads() -> None:
+    assert fitted((4096, 8192, 16384, 20000), 8192) == (4096, 8128)
+    assert fitted((4096, 8192, 16384, 20000), 32768) == (4096, 8192, 16384, 20000)
+
+
+def test_a_prompt_is_read_up_to_its_answers_first_token(reasoner: Any) -> None:
+    """Whether or not the space before it is a token of its own."""
+    task = niah_single_1(reasoner.tokenizer, 256, depth=0.5, seed=1)
+    tokens, n_answer = with_answer(reasoner, task)
+    said = reasoner.tokenizer.decode(tokens[0, -n_answer:])
+    assert said.strip() == task.answer
+    assert reasoner.tokenizer.decode(up_to_answer(reasoner, task)[0]).rstrip().endswith("is:")
+    assert reasoner.tokenizer.decode(tokens[0, -n_answer]).strip()

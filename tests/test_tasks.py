@@ -63,6 +63,31 @@ def test_needle_spans_hold_needles(tokenizer: PreTrainedTokenizerBase, keys: int
     assert task.score(task.answer[:-1]) == 0.0
 
 
+def test_the_answer_is_scored_not_what_stands_before_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    task, other = niah(tokenizer, 600, keys=4, seed=3), "1234567"
+    right = task.answer
+    question = f"What is the special magic number for {task.key} in the text above?"
+    for output in (
+        right,
+        f"It is the number {right}.",
+        f"{question} 1 of 4: {right}",
+        f"{right}, not {other}",
+        f"{right} {right}",
+    ):
+        assert task.score(output) == 1.0, output
+    for output in ("", question, other, f"{other}, {right}", f"One of the numbers for lake is: {other}. {question} {right}"):
+        assert task.score(output) == 0.0, output
+    assert [output_part(f"It is {right}.", place) for place in task.given(f"It is {right}.")] == [right]
+    several = niah(tokenizer, 600, values=2, seed=3)
+    first, second = several.references
+    for output, share in ((f"{second} {first}", 1.0), (f"{first} {first} {second}", 1.0), (f"{other} {first} {second}", 0.5)):
+        assert several.score(output) == share, output
+
+
+def output_part(output: str, place: range) -> str:
+    return output[place.start : place.stop]
+
+
 def test_depth_places_the_needle(tokenizer: PreTrainedTokenizerBase) -> None:
     starts = [niah(tokenizer, 2000, depth=step / 10, keys=4, seed=1).needle.start for step in range(11)]
     assert starts == sorted(starts)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -23,9 +24,11 @@ from tqdm import tqdm
 
 import tl_stream
 from paper_studies.configs import budget_of, paper
+from paper_studies.finished import Finished, digest
 from paper_studies.traces import Trace
 from tl_stream import StreamConfig
 from tl_stream.analysis import PAPER, AnchorSettings, VerticalScores, receiver_heads, suppression, vertical_scores
+from tl_stream.analysis.needle_store import as_json
 from tl_stream.analysis.suppression import MAX_LOGITS
 from tl_stream.budget import Sqrt
 from tl_stream.cache import is_pattern
@@ -61,36 +64,64 @@ class TraceSettings:
     sources: int = 32
 
 
-def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings) -> dict[str, Rows]:
+def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings, finished: Finished) -> dict[str, Rows]:
     """Rows of its tables: "fidelity", "receivers", "suppression".
 
     Args:
         model: A bridge with its tokenizer.
         traces: What it reads.
         settings: The study's size.
+        finished: What is done already: an interrupted study goes on.
 
     Raises:
         ValueError: As `tl_stream.find_budget`, `vertical_scores` and `suppression`.
     """
-    candidate = paper(settings.block)
-    searches = [candidate.search(model, trace.tokens) for trace in traces]
-    by_trace = [sparse_models(candidate.name, search, settings) for search in searches]
+    searches = [searched(model, trace, settings, finished) for trace in traces]
+    by_trace = [sparse_models(search, settings) for search in searches]
     rows = [
-        {**fidelity_row(model, trace, name, config), "matched": search.criterion if name == candidate.name else "not searched"}
+        finished.once(
+            "fidelity",
+            {"run": name, "trace": trace.name, "tokens": digest(trace.tokens), "config": as_json(config)},
+            partial(fidelity_row, model, trace, name, config),
+        )
+        | {"matched": search["matched"] if name == search["run"] else "not searched"}
         for trace, search, configs in zip(traces, searches, by_trace, strict=True)
         for name, config in configs.items()
     ]
+    about = {
+        "tokens": [digest(trace.tokens) for trace in traces],
+        "configs": [[as_json(config) for config in configs.values()] for configs in by_trace],
+        "scoring": asdict(settings.scoring),
+    }
+    first = {**about, "sources": settings.sources}
     return {
         "fidelity": rows,
-        "receivers": receivers(model, traces, by_trace, settings.scoring),
-        "suppression": suppressions(model, traces[0], by_trace[0], settings),
+        "receivers": finished.once("receivers", about, partial(receivers, model, traces, by_trace, settings.scoring)),
+        "suppression": finished.once("suppression", first, partial(suppressions, model, traces[0], by_trace[0], settings)),
     }
 
 
-def sparse_models(searched: str, search: BudgetSearch, settings: TraceSettings) -> dict[str, StreamConfig]:
+def searched(model: Any, trace: Trace, settings: TraceSettings, finished: Finished) -> dict[str, Any]:
+    """The paper's smallest budget on one trace."""
+    candidate = paper(settings.block)
+
+    def compute() -> dict[str, Any]:
+        search = candidate.search(model, trace.tokens)
+        assert search.best is not None, "a budget that covers everything is the dense model"
+        return {
+            "run": candidate.name,
+            "k": budget_of(search.config),
+            "pruned": search.best.pruned,
+            "matched": search.criterion,
+            "budget": search.best.budget,
+        }
+
+    return finished.once("search", candidate.about(trace.tokens), compute)
+
+
+def sparse_models(search: dict[str, Any], settings: TraceSettings) -> dict[str, StreamConfig]:
     """The configs to compare on one trace."""
-    assert search.config is not None, "a budget that covers everything is the dense model"
-    return {searched: search.config, f"ours, b = {settings.ours.block_k}": settings.ours}
+    return {search["run"]: paper(settings.block).vary(search["budget"]), f"ours, b = {settings.ours.block_k}": settings.ours}
 
 
 def fidelity_row(model: Any, trace: Trace, name: str, config: StreamConfig) -> dict[str, Any]:

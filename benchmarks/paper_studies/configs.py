@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 import tl_stream
+from paper_studies.finished import digest
 from tl_stream import StreamConfig
+from tl_stream.analysis.needle_store import as_json
 from tl_stream.budget import Sqrt
 from tl_stream.fidelity import BudgetSearch
 from tl_stream.fidelity.runs import WHITE_SPACE
@@ -45,6 +47,10 @@ class Candidate:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* larger ones fail", category=UserWarning)  # the rows say so
             return tl_stream.find_budget(model, tokens, MATCH, config=config, over=self.vary, high=most)
+
+    def about(self, tokens: Tensor) -> dict[str, Any]:
+        """What a search depends on, as JSON has it."""
+        return {"run": self.name, "smallest": as_json(self.vary(1)), "match": MATCH, "tokens": digest(tokens)}
 
 
 def paper(block: int) -> Candidate:

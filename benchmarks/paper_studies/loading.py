@@ -9,7 +9,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_stream
-from tl_stream.tasks import chat_prompt
+from tl_stream.tasks import Task, chat_prompt
 
 
 class InputError(ValueError):
@@ -65,6 +65,20 @@ def asked(model: Any, message: str) -> str:
 def tokens_of(model: Any, text: str) -> torch.Tensor:
     """`[1, pos]`, as the tokenizer gives them: BOS where it puts one."""
     return torch.tensor([model.tokenizer(text)["input_ids"]], device=next(model.parameters()).device)
+
+
+def with_answer(model: Any, task: Task) -> tuple[torch.Tensor, int]:
+    """A task's prompt and its answer, `[1, pos]`, and how many tokens are the answer's, without a space before it."""
+    encoded = model.tokenizer(f"{task.prompt} {task.answer}", return_offsets_mapping=True)
+    first = len(task.prompt) + 1
+    tokens = torch.tensor([encoded["input_ids"]], device=next(model.parameters()).device)
+    return tokens, sum(stop > first for _, stop in encoded["offset_mapping"])
+
+
+def up_to_answer(model: Any, task: Task) -> torch.Tensor:
+    """The same up to where the answer's first token is next, `[1, pos]`."""
+    tokens, n_answer = with_answer(model, task)
+    return tokens[:, :-n_answer]
 
 
 def check_context(model: Any, what: str, tokens: int) -> None:

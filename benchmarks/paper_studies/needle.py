@@ -13,7 +13,7 @@ Then, on one text, the routes from the needle to the row that gives the answer, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -23,9 +23,11 @@ from torch import Tensor
 
 import tl_stream
 from paper_studies.configs import Candidate, budget_of, ours, paper
-from paper_studies.loading import check_context, tokens_of
+from paper_studies.finished import Finished, digest
+from paper_studies.loading import check_context, tokens_of, up_to_answer
 from tl_stream import StreamConfig
 from tl_stream.analysis import cut_edges, flow_names, needle_grid, needle_routes, random_edges
+from tl_stream.analysis.needle_store import as_json
 from tl_stream.cache import is_pattern
 from tl_stream.models.evaluate import wilson
 from tl_stream.tasks import NeedleTask, in_chat, niah_single_2
@@ -60,13 +62,18 @@ FULL = NeedleSettings()
 DRY = NeedleSettings((192, 256), (0.0, 1.0), 1, (paper(16), paper(64), ours(16)), 256)
 
 
-def needle_study(model: Any, settings: NeedleSettings, cells: Path | None = None) -> dict[str, Rows]:
+def fitted(lengths: tuple[int, ...], n_ctx: int) -> tuple[int, ...]:
+    """Those that a model reads with room for the answer; in place of longer ones, the longest."""
+    return tuple(sorted({min(length, n_ctx - ANSWER_ROOM) for length in lengths}))
+
+
+def needle_study(model: Any, settings: NeedleSettings, finished: Finished) -> dict[str, Rows]:
     """Rows of its tables: "search", "accuracy", "routes".
 
     Args:
         model: A bridge with its tokenizer; the chat template is used where there is one.
         settings: Its size.
-        cells: A file of finished cells: an interrupted study reads those.
+        finished: What is done already: an interrupted study goes on.
 
     Raises:
         InputError: Lengths beyond the model's context.
@@ -81,34 +88,52 @@ def needle_study(model: Any, settings: NeedleSettings, cells: Path | None = None
     for length in settings.lengths:
         texts: Any = [make(model.tokenizer, length, depth=depth, seed=SEARCH_SEED) for depth in settings.depths]
         tokens = torch.cat([tokens_of(model, text.prompt) for text in texts])
-        tried = {candidate.name: searched(model, candidate, tokens) for candidate in settings.candidates}
+        before = torch.cat([up_to_answer(model, text) for text in texts])
+        tried = {candidate.name: searched(model, candidate, tokens, before, finished) for candidate in settings.candidates}
         configs = {name: config for name, (config, _) in tried.items() if config is not None}
+        cells = finished.cells({"samples": settings.samples})
         grid = needle_grid(
             model, [length], settings.depths, configs, task=make, samples=settings.samples, seed=GRID_SEED, path=cells
         )
         search += [row for _, row in tried.values()]
-        accuracy += accuracies(grid.to_dataframe())
+        accuracy += (found := accuracies(grid.to_dataframe()))
+        finished.say("accuracy", found)
         if length == route_length:
-            routes = [routed(model, name, config, texts[len(texts) // 2]) for name, config in configs.items()]
+            routes = [
+                finished.once(
+                    "routes",
+                    {"run": name, "config": as_json(config), "tokens": digest(tokens)},
+                    partial(routed, model, name, config, texts[len(texts) // 2]),
+                )
+                for name, config in configs.items()
+            ]
     return {"search": search, "accuracy": accuracy, "routes": routes}
 
 
-def searched(model: Any, candidate: Candidate, tokens: Tensor) -> tuple[StreamConfig | None, dict[str, Any]]:
-    """The smallest budget that will do in all of some texts, and what it keeps."""
-    search = candidate.search(model, tokens)
-    config, best = search.config, search.best
-    return config, {
-        "tokens": tokens.shape[1],
-        "texts": len(tokens),
-        "run": candidate.name,
-        "k": budget_of(config),
-        "pruned": None if best is None else best.pruned,
-        "mass kept, answer's row": None if config is None else answer_mass(model, tokens, config),
-        "matched": search.criterion,
-        "budgets tried": len(search.evaluations),
-        "larger ones do, too": search.is_monotone,
-        "exact for": "the sparse model",
-    }
+def searched(
+    model: Any, candidate: Candidate, tokens: Tensor, before: Tensor, finished: Finished
+) -> tuple[StreamConfig | None, dict[str, Any]]:
+    """The smallest budget that will do in all of some texts, and what it keeps in these up to their answers."""
+
+    def compute() -> dict[str, Any]:
+        search = candidate.search(model, tokens)
+        config, best = search.config, search.best
+        return {
+            "tokens": tokens.shape[1],
+            "texts": len(tokens),
+            "run": candidate.name,
+            "k": budget_of(config),
+            "pruned": None if best is None else best.pruned,
+            "mass kept, answer's row": None if config is None else answer_mass(model, before, config),
+            "matched": search.criterion,
+            "budgets tried": len(search.evaluations),
+            "larger ones do, too": search.is_monotone,
+            "exact for": "the sparse model",
+            "budget": None if best is None else best.budget,
+        }
+
+    row = finished.once("search", candidate.about(tokens), compute)
+    return (None if row["budget"] is None else candidate.vary(row["budget"])), row
 
 
 def answer_mass(model: Any, tokens: Tensor, config: StreamConfig) -> float:
@@ -145,7 +170,7 @@ def accuracy_row(run: str, part: pandas.DataFrame, exact_for: str) -> dict[str, 
 
 def routed(model: Any, name: str, config: StreamConfig, task: NeedleTask) -> dict[str, Any]:
     """The routes that carry the most, and the probability of the sparse model's own next token with and without them."""
-    tokens = tokens_of(model, task.prompt)
+    tokens = up_to_answer(model, task)
     logits, run = model.run_with_sparse_cache(tokens, config=config, names_filter=flow_names, logits_to_keep=1)
     routes = needle_routes(run, task.needle, top=TOP_ROUTES)
     token, fixed = int(logits[0, -1].argmax()), replace(config, layout_from=run)

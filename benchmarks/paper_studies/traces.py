@@ -72,6 +72,12 @@ def read(model: Any, path: Path) -> Trace:
     return Trace.of(model, f"--trace {path}", text)
 
 
+def begin(model: Any, problem: str, thoughts: str) -> str:
+    """A problem in the model's chat template, and the begun thoughts."""
+    begun = asked(model, problem)
+    return begun + ("" if begun.rstrip().endswith("<think>") else "<think>\n") + thoughts
+
+
 def generate(model: Any, problem: str, thoughts: str, new_tokens: int, seed: int) -> Trace:
     """A trace by the model itself, dense, sampled as its makers recommend.
 
@@ -85,8 +91,7 @@ def generate(model: Any, problem: str, thoughts: str, new_tokens: int, seed: int
     Raises:
         InputError: As `Trace.of`, also for the longest text that may come.
     """
-    begun = asked(model, problem)
-    begun += ("" if begun.rstrip().endswith("<think>") else "<think>\n") + thoughts
+    begun = begin(model, problem, thoughts)
     tokens = tokens_of(model, begun)
     check_context(model, "a prompt with the tokens to generate", tokens.shape[1] + new_tokens)
     torch.manual_seed(seed)

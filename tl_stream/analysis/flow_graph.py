@@ -24,6 +24,7 @@ class FlowEdge(NamedTuple):
         query_pos: Position that it goes to.
         key_pos: Position that it comes from; the same but for attention.
         weight: Share of the residual stream there that it brought about.
+        flow: Share of the targets' streams that came along it, on all followed paths together.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class FlowEdge(NamedTuple):
     query_pos: int
     key_pos: int
     weight: float
+    flow: float
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class FlowGraph:
     """Where the residual stream of some positions came from.
 
     Attributes:
-        edges: All edges that were kept, from the last layer down.
+        edges: All edges that were followed, from the last layer down.
         targets: The positions that are explained.
-        threshold: The least weight of an edge.
+        threshold: The least weight of an edge; None where edges were followed by what they carry.
+        followed: Share of the targets' streams that the edges carry from the embeddings on, all paths together.
         n_layers: Number of layers. ("resid_pre", n_layers, pos) is what goes into the unembedding.
         later_mlp: Whether MLPs come after attention, so that there is a stream between the two.
         forward: The forward of the run.
@@ -49,7 +52,8 @@ class FlowGraph:
 
     edges: tuple[FlowEdge, ...]
     targets: tuple[int, ...]
-    threshold: float
+    threshold: float | None
+    followed: float
     n_layers: int
     later_mlp: bool
     forward: str
@@ -69,11 +73,12 @@ class FlowGraph:
         return ("resid_mid", edge.layer, edge.key_pos), after
 
     def to_networkx(self) -> networkx.MultiDiGraph:
-        """Nodes are `(activation, layer, pos)`; edges have `kind`, `head` and `weight`."""
-        graph = networkx.MultiDiGraph(exact_for=self.exact_for, threshold=self.threshold)
+        """Nodes are `(activation, layer, pos)`; edges have `kind`, `head`, `weight` and `flow`."""
+        graph = networkx.MultiDiGraph(exact_for=self.exact_for, threshold=self.threshold, followed=self.followed)
         graph.add_nodes_from(("resid_pre", self.n_layers, target) for target in self.targets)
         for edge in self.edges:
-            graph.add_edge(*self.nodes(edge), key=(edge.kind, edge.head), kind=edge.kind, head=edge.head, weight=edge.weight)
+            about = {"kind": edge.kind, "head": edge.head, "weight": edge.weight, "flow": edge.flow}
+            graph.add_edge(*self.nodes(edge), key=(edge.kind, edge.head), **about)
         return graph
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -83,7 +88,12 @@ class FlowGraph:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data."""
         settings = {"targets": list(self.targets), "threshold": self.threshold, "n_layers": self.n_layers}
-        return {**settings, "exact_for": self.exact_for, "edges": [edge._asdict() for edge in self.edges]}
+        return {
+            **settings,
+            "followed": self.followed,
+            "exact_for": self.exact_for,
+            "edges": [edge._asdict() for edge in self.edges],
+        }
 
     def to_json(self) -> str:
         """Everything, as JSON."""
@@ -91,4 +101,8 @@ class FlowGraph:
 
     def __repr__(self) -> str:
         targets = f"position {self.targets[0]}" if len(self.targets) == 1 else f"{len(self.targets)} positions"
-        return f"FlowGraph({len(self.edges)} edges of weight >= {self.threshold:g} into {targets}; exact for {self.exact_for})"
+        weight = "" if self.threshold is None else f" of weight >= {self.threshold:g}"
+        return (
+            f"FlowGraph({len(self.edges)} edges{weight} into {targets}: {self.followed:.2%} of the stream, "
+            f"{1 - self.followed:.2%} not followed; exact for {self.exact_for})"
+        )

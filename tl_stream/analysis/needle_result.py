@@ -25,7 +25,7 @@ class NeedleCell:
         depth: Where in the haystack the needle lies, 0 to 1.
         budget: Name of the budget.
         samples: Number of texts.
-        accuracy_dense: Score of the dense model's greedy answers (the share of the task's references that they hold).
+        accuracy_dense: Score of the dense model's greedy answers (`Task.score`), wherever they stand in what it generates.
         accuracy_sparse: Score of the sparse model's.
         pruned: Share of the prompts' token pairs that were dropped, over all layers and heads.
         needle_retained: Share that was kept of the dense model's attention to the needle, from the rows that decide the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ class NeedleRun:
     """What a model generates after a task's prompt. The row of a step is the last one it reads, which decides its token.
 
     Attributes:
-        output: The generated text, as many tokens as the task's answer has.
-        attention: Probability on each token of the needles, in the row of each step.
+        output: The generated text, up to where its answer is complete (`Task.given`).
+        attention: Probability on each token of the needles, in the rows that decide the answer's tokens; in those of all steps
+            where no answer is given.
         kept: Whether that token lay in a kept block.
         pruned: Share of the prompt's token pairs that were dropped, over all layers and heads.
     """
@@ -39,11 +41,13 @@ class NeedleRun:
     def retained(self, dense: NeedleRun) -> float:
         """Share of the dense model's attention to the needles, over all rows, layers and heads, that is kept here.
 
-        Where the two generate different tokens, later rows of the same step are compared all the same. 1 where the dense model
-        attends to no needle.
+        The row of the one's first answer token is compared with that of the other's, and so on, as far as both go. 1 where
+        the dense model attends to no needle.
         """
-        total = dense.attention.sum()
-        return (dense.attention.masked_fill(~self.kept, 0.0).sum() / total).item() if total > 0 else 1.0
+        steps = min(self.kept.shape[1], dense.attention.shape[1])
+        attention = dense.attention[:, :steps]
+        total = attention.sum()
+        return (attention.masked_fill(~self.kept[:, :steps], 0.0).sum() / total).item() if total > 0 else 1.0
 
 
 def answer_tokens(tokenizer: Any, task: Task) -> int:
@@ -53,17 +57,40 @@ def answer_tokens(tokenizer: Any, task: Task) -> int:
 
 @torch.no_grad()
 def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
-    """Generate as many tokens as the answer has. O(T) memory; with constant budgets O(T log T) time."""
+    """Generate an answer: as many tokens as the right one has, and where that holds no whole answer, from the start with room
+    for the question before it. O(T) memory; with constant budgets O(T log T) time."""
     prompt = torch.tensor([model.tokenizer(task.prompt)["input_ids"]], device=next(model.parameters()).device)
     positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles]).to(prompt.device)
-    notes, pairs = _Notes(positions, prompt.shape[1]), PromptPairs()
-    steps = answer_tokens(model.tokenizer, task)
-    hooks = Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, notes.take)]))
-    with sparse(model, config, logits_to_keep=1), pairs.counted(model), hooks:
-        tokens = greedy_tokens(model, prompt, steps)
-    text = model.tokenizer.decode(tokens[0], skip_special_tokens=True)
-    attention, kept = (torch.stack([torch.stack(rows) for rows in x.values()]) for x in (notes.attention, notes.kept))
-    return NeedleRun(text, attention, kept, pairs.pruned)
+    direct = answer_tokens(model.tokenizer, task)
+    roomy = min(direct + len(task.question), model.cfg.n_ctx - prompt.shape[1])
+    for n_steps in (direct, roomy):
+        notes, pairs = _Notes(positions, prompt.shape[1]), PromptPairs()
+        hooks = Uninterrupted(model.hooks(fwd_hooks=[(is_pattern, notes.take)]))
+        with sparse(model, config, logits_to_keep=1), pairs.counted(model), hooks:
+            tokens = greedy_tokens(model, prompt, n_steps)[0].tolist()
+        output, steps = _answered(model.tokenizer, task, tokens)
+        if len(task.given(output)) == len(task.references):
+            break
+    attention, kept = (
+        torch.stack([torch.stack([rows[step] for step in steps]) for rows in x.values()]) for x in (notes.attention, notes.kept)
+    )
+    return NeedleRun(output, attention, kept, pairs.pruned)
+
+
+def _answered(tokenizer: Any, task: Task, tokens: list[int]) -> tuple[str, list[int]]:
+    """The generated text up to its answer's end, and the steps that decide the answer; the whole and all, where there is none.
+
+    What comes after an EOS is no part of it.
+    """
+    eos = tokenizer.eos_token_id
+    tokens = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+    texts = [tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(len(tokens) + 1)]
+    places = task.given(texts[-1])
+    if not places:
+        return texts[-1], list(range(len(tokens)))
+    written = [range(len(before), len(after)) for before, after in pairwise(texts)]
+    steps = [i for i, new in enumerate(written) if any(new.start < place.stop and place.start < new.stop for place in places)]
+    return (texts[steps[-1] + 1] if len(places) == len(task.references) else texts[-1]), steps
 
 
 class _Notes:

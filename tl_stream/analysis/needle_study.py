@@ -195,11 +195,16 @@ def _axis(name: str, values: Any, kind: type) -> tuple[Any, ...]:
 
 
 def _settings(model: Any, samples: int, seed: int, config: StreamConfig) -> dict[str, Any]:
-    """What all cells depend on. Models are told apart by some of each parameter's weights."""
+    """What all cells depend on."""
+    plain = {name: value for name, value in as_json(config).items() if name != "k"}
+    return {"model": weights_digest(model), "samples": samples, "seed": seed, "config": plain}
+
+
+def weights_digest(model: Any) -> str:
+    """Tells models apart, by some of each parameter's weights."""
     weights = hashlib.sha256()
     for parameter in model.parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(1, len(flat) // _SAMPLED_WEIGHTS)]
         weights.update(some.to("cpu", torch.float32).numpy().tobytes())
-    plain = {name: value for name, value in as_json(config).items() if name != "k"}
-    return {"model": weights.hexdigest()[:16], "samples": samples, "seed": seed, "config": plain}
+    return weights.hexdigest()[:16]

@@ -23,7 +23,7 @@ def plot(routes: NeedleRoutes, tokens: Sequence[str] | None = None) -> go.Figure
         ValueError: No routes, or fewer tokens than the text has up to the target.
     """
     if not routes.routes:
-        raise ValueError("There is no route to plot; expected at least one. Lower `least` in needle_routes.")
+        raise ValueError("There is no route to plot; expected at least one. Raise `follow` in needle_routes.")
     if tokens is not None and len(tokens) <= routes.target_pos:
         raise ValueError(f"tokens were {len(tokens)}; expected one for each position, up to {routes.target_pos} at least.")
     stops = [_stops(route, routes.target_pos, routes.n_layers) for route in routes.routes]

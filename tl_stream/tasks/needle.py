@@ -1,6 +1,7 @@
 """Needles in a haystack, in the manner of RULER's niah tasks (Hsieh et al. 2024, arXiv:2404.06654)."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,6 +61,21 @@ class NeedleTask(Task):
     def value(self) -> Span:
         """The tokens of its value."""
         return self.values[0]
+
+    def given(self, output: str) -> tuple[range, ...]:
+        """The first values in an output that look like those asked for, as many as were asked for, each once.
+
+        So a list of everything that the text hides is no answer to a question for one of them.
+        """
+        places: dict[str, range] = {}
+        for match in re.finditer("|".join(map(_alike, self.references)), output, re.IGNORECASE):
+            places.setdefault(match[0].lower(), range(*match.span()))
+        return tuple(places.values())[: len(self.references)]
+
+
+def _alike(value: str) -> str:
+    """A pattern of numbers or uuids as long as one."""
+    return "\\d" * len(value) if value.isdigit() else re.sub("[0-9a-f]", "[0-9a-f]", value)
 
 
 def niah(

@@ -1,5 +1,6 @@
 """What all tasks with known answers have in common, and how answers are scored."""
 
+import re
 from dataclasses import dataclass
 
 from tl_stream.tasks.spans import Span
@@ -29,12 +30,21 @@ class Task:
     question: Span
     answer_prefix: Span
 
+    def given(self, output: str) -> tuple[range, ...]:
+        """Where an output gives its answer: the characters of each reference that it holds, where that comes first."""
+        found = (re.search(re.escape(reference), output, re.IGNORECASE) for reference in self.references)
+        return tuple(range(*match.span()) for match in found if match)
+
     def score(self, output: str) -> float:
         """See `score`."""
         return score(self, output)
 
 
 def score(task: Task, output: str) -> float:
-    """The share of the task's references that `output` holds, whatever their case (RULER's string match, arXiv:2404.06654)."""
-    text = output.lower()
-    return sum(reference.lower() in text for reference in task.references) / len(task.references)
+    """The share of the task's references that what `output` gives as its answer holds, whatever their case.
+
+    RULER's string match (arXiv:2404.06654), of generated text. What stands before the answer, a word or the question once more,
+    doesn't count; where a task tells what answers look like (`NeedleTask`), other answers before the right one do.
+    """
+    given = {output[place.start : place.stop].lower() for place in task.given(output)}
+    return sum(reference.lower() in given for reference in task.references) / len(task.references)
