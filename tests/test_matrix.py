@@ -168,8 +168,7 @@ FEATURES: dict[str, Feature] = {
                               refused=dict.fromkeys(FLOWS, "cache lacks 'v' of layer 2")),
     "one layer": Feature(
         given=only({"names_filter": lambda name: name.startswith("blocks.1.")}), reruns=(),
-        refused={**dict.fromkeys(FLOWS, r"no pattern of layers \[0, 2\]"), "stack_activation": "hook_pattern",
-                 "recheck": "layer was 0; expected one whose pattern is in the cache"},
+        refused={**dict.fromkeys(FLOWS, r"no pattern of layers \[0, 2\]"), "stack_activation": "hook_pattern"},
     ),
     "some rows": Feature(given=only({"pos_slice": slice(3, 20)}), reruns=(),
                          refused={**IN_PART, "recheck": "reread was of the last 1 positions.* without pos_slice"}),
@@ -250,13 +249,17 @@ class Traced:
 
     @functools.cached_property
     def reference(self) -> Reference:
-        low = self.feature.tolerance > 1e-3
-        return own_reference(self) if low else masked_reference(self)
+        return own_reference(self) if self.low else masked_reference(self)
+
+    @property
+    def low(self) -> bool:
+        """Whether rounding would swamp what the dense model's own run tells: then the oracle goes by the run's activations."""
+        return self.feature.tolerance > 1e-3
 
     @functools.cached_property
     def wide_model(self) -> Any:
         """The model, whose weights the oracle multiplies with what is wide."""
-        return copy.deepcopy(self.model).double() if self.feature.tolerance > 1e-3 else self.model
+        return copy.deepcopy(self.model).double() if self.low else self.model
 
     @property
     def options(self) -> dict[str, Any]:
@@ -419,18 +422,18 @@ def audited(t: Traced) -> Found:
 
 
 def lead(logits: Tensor, token: Tensor) -> Tensor:
-    share = logits.float().softmax(-1)
-    return share[token] - torch.cat([share[:token], share[token + 1 :]]).max()
+    others = torch.cat([logits[:token], logits[token + 1 :]])
+    return (logits[token] - others.max()).float()
 
 
 def rechecked(t: Traced) -> Found:
-    audit = tl_stream.recheck(t.model, t.tokens, t.cache, sample=0, **t.options)
-    behind = int((t.real[:, -1] == 0).any()) * PADDING
-    keep = {layer: t.reference.keep[layer].clone() for layer in t.reference.keep}
-    for layer in keep:
-        dense_from = LENGTH - max(t.config.dense_queries, 1) - behind
-        keep[layer][:, :, max(dense_from, 0) :] |= allowed(t, layer)[:, None, max(dense_from, 0) :]
-    logits = t.dense(masks(keep))
+    """The dense model under the blocks of twice the budget, the answer's row reading everything."""
+    with autocast(t.feature):
+        audit = tl_stream.recheck(t.model, t.tokens, t.cache, sample=0, dense_queries=0, **t.options)
+    rows = max(t.config.dense_queries, 1)
+    logits, more = t.run(replace(t.config, k=t.config.budget.doubled(), dense_queries=rows), **t.options)
+    if not t.low:
+        logits = t.dense(masks({layer: more.block_layout(layer).to_dense() for layer in more.patterns}))
     pairs: Found = []
     for answer in audit.answers:
         row = int(t.real[answer.text].nonzero().max())
@@ -539,9 +542,15 @@ def edges_of(found: dict[Any, float], expected: dict[Any, float], least: float) 
 
 def routed(t: Traced) -> Found:
     source = range(t.first + 2, t.first + 6)
-    found = analysis.needle_routes(t.cache, source, t.last, model=t.model, top=10**6, least=2e-3)
+    found = analysis.needle_routes(t.cache, source, t.last, model=t.model, top=20, follow=1.0)
     mine = {(route.source_pos, *(edge.entry for edge in route.edges)): route.score for route in found.routes}
-    return edges_of(mine, all_paths(t.reference, t.wide_model, source, t.last, 2e-3), 2e-3)
+    expected = {path: x for path, x in all_paths(t.reference, t.wide_model, t.last).items() if path[0] in source}
+    best = sorted(expected.values(), reverse=True)[:20]
+    return [
+        (found.found, sum(expected.values())),
+        *((score, expected.get(path, 0.0)) for path, score in mine.items()),
+        *zip(sorted(mine.values(), reverse=True), best, strict=True),
+    ]
 
 
 def routes_compared(t: Traced) -> Found:

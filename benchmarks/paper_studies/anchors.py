@@ -32,7 +32,6 @@ from tl_stream.analysis.needle_store import as_json
 from tl_stream.analysis.suppression import MAX_LOGITS
 from tl_stream.budget import Sqrt
 from tl_stream.cache import is_pattern
-from tl_stream.fidelity import BudgetSearch
 from tl_stream.fidelity.runs import dense_config
 
 OURS = StreamConfig(block_q=1, block_k=1, k=Sqrt(1.0))

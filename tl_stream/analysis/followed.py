@@ -132,8 +132,8 @@ def attention_edges(
         step: Which step this is.
         mlp_apart: Whether an MLP beside attention has edges of its own, or is a part of what stayed.
     """
-    rows, layout = stream.nonzero().flatten(), flow.entries.layout
-    n_edges = len(rows) * flow.entries.n_heads * layout.n_slots * layout.block_k + 2 * len(rows)
+    rows = stream.nonzero().flatten()
+    n_edges = len(rows) * (flow.entries.most_entries + 2)
     every = flow.shares(rows.to(flow.before.device))
     parts = (_edges(shares if mlp_apart else shares.with_mlp_stayed(), stream) for shares in every)
     return rule.chosen(step, parts, stream, max(n_edges, 1))

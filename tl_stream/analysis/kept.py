@@ -88,6 +88,11 @@ class KeptEntries:
         return self.parts[0].layout.n_heads
 
     @property
+    def most_entries(self) -> int:
+        """Entries of a row over all heads, at most."""
+        return self.n_heads * max(part.layout.n_slots * part.layout.block_k for part in self.parts)
+
+    @property
     def device(self) -> torch.device:
         """Where the entries are computed."""
         return self.parts[0].layout.device
