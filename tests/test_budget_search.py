@@ -73,7 +73,7 @@ def test_white_space_is_matched_but_does_not_count(model: Any, monkeypatch: pyte
     prompt = needle(model)  # whose answer is 6048764
     reworded(monkeypatch, model.tokenizer, {"6": " ", "4": "\n"})
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*says little")
         result = find_budget(model, prompt, 2, config=CONFIG, progress=False)
     assert result.criterion == "the next 4 tokens are the dense model's: ' 0\\n8'"
     dense = generated(model, prompt, 4)
@@ -97,7 +97,7 @@ def test_an_answer_that_ends_early_or_never_begins(model: Any, monkeypatch: pyte
     reworded(monkeypatch, model.tokenizer, dict.fromkeys("0123456789", " "))
     with pytest.warns(UserWarning, match=r"says little: \d of the \d+ tokens ' .* of text 0 carry text, not 8") as warned:
         find_budget(model, prompt, 8, config=CONFIG, low=20, progress=False)
-    assert warned[0].filename == __file__
+    assert [each.filename for each in warned if "says little" in str(each.message)] == [__file__]
 
 
 @NEEDS_HOOKED

@@ -3,7 +3,7 @@
 from tl_stream.estimator.candidates import Candidates, Estimator
 from tl_stream.estimator.earlier import Earlier
 from tl_stream.estimator.estimate import block_shares, estimate_layout
-from tl_stream.estimator.keep import Limits
+from tl_stream.estimator.keep import Limits, are_own, in_order
 from tl_stream.estimator.problem import Problem, block_masses
 from tl_stream.estimator.texts import cut_padding
 
@@ -13,8 +13,10 @@ __all__ = [
     "Estimator",
     "Limits",
     "Problem",
+    "are_own",
     "block_masses",
     "block_shares",
     "cut_padding",
     "estimate_layout",
+    "in_order",
 ]

@@ -66,21 +66,33 @@ def keep_most(
     Returns:
         Kept blocks, and how many of them count.
     """
-    forced = (blocks == problem.sink) & (masses >= 0) if config.keep_sink else torch.zeros_like(masses, dtype=torch.bool)
-    # 2 exceeds any share of attention, so that what must be kept comes first.
-    blocks = blocks.expand(masses.shape)
-    first = best(masses.masked_fill(forced, 2.0), blocks, min(limits.most, masses.shape[-1]))
-    forced, masses, blocks = (x.gather(-1, first) for x in (forced, masses, blocks))
+    forced, masses, blocks = in_order(problem, blocks, masses, limits.most, config)
     so_far = masses.clamp(min=0).cumsum(-1) - masses.clamp(min=0)
-    rank = torch.arange(first.shape[-1], device=first.device)
+    rank = torch.arange(blocks.shape[-1], device=blocks.device)
     used = (rank < limits.blocks[:, rows, None]) & (so_far < limits.shares) & (masses >= 0) | forced
     own, is_own = _own_blocks(problem, limits.own)
-    used = used & ~((blocks >= own[:, :1]) & (blocks <= problem.diagonal))  # these are added, all of them
+    used = used & ~are_own(problem, blocks)  # these are added, all of them
     past_the_end = problem.keys.shape[2]
     own = own.masked_fill(~is_own, past_the_end).expand(*used.shape[:3], -1)
     kept = torch.cat([own, blocks.masked_fill(~used, past_the_end)], -1)
     kept = pad(kept, (0, limits.most - used.shape[-1]), value=past_the_end).sort(-1).values
     return kept.masked_fill(kept == past_the_end, 0).int(), (kept < past_the_end).sum(-1).int()
+
+
+def in_order(
+    problem: Problem, blocks: Tensor, masses: Tensor, number: int, config: StreamConfig
+) -> tuple[Bool[Tensor, "*shape"], Float[Tensor, "*shape"], Int[Tensor, "*shape"]]:
+    """Which of the best candidates are kept in any case, their masses and blocks, in the order in which a budget takes them."""
+    forced = (blocks == problem.sink) & (masses >= 0) if config.keep_sink else torch.zeros_like(masses, dtype=torch.bool)
+    blocks = blocks.expand(masses.shape)
+    # 2 exceeds any share of attention, so that what must be kept comes first.
+    first = best(masses.masked_fill(forced, 2.0), blocks, min(number, masses.shape[-1]))
+    return forced.gather(-1, first), masses.gather(-1, first), blocks.gather(-1, first)
+
+
+def are_own(problem: Problem, blocks: Int[Tensor, "batch head_index q_block slot"]) -> Bool[Tensor, "*shape"]:
+    """Which of them the queries of a block stand in themselves: kept whatever the budget."""
+    return (blocks >= problem.first_own[:, None] // problem.block_k) & (blocks <= problem.diagonal)
 
 
 def _own_blocks(problem: Problem, most: int) -> tuple[Int[Tensor, "q_block own"], Bool[Tensor, "q_block own"]]:

@@ -1,8 +1,10 @@
 """A total budget, distributed over heads and layers by the attention that each further block holds.
 
-A head's curve is the mean attention of its rows' best block, second best, and so on: it falls, so that taking the greatest of
-all heads' next steps, again and again, gives the distribution that keeps the most attention in the mean over heads. The curves
-are measured once, in a run with full attention, and serve any total.
+A head's curve is the attention that the first, the second, ... block of its budget adds in the mean over its rows: that of the
+best block, the second best, and so on, but nothing where this is a row's own one, which is kept anyway. Where a step adds more than
+the one before it, both are worth their mean, as they come together (the curve's least concave majorant). Then it falls, and taking
+the greatest of all heads' next steps, again and again, gives the distribution that keeps the most attention in the mean over
+heads. The curves are measured once, in a run with full attention, and serve any total.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch.nn.functional import pad
 from tl_stream.budget import Constant, PerHead
 from tl_stream.cache import is_pattern
 from tl_stream.config import StreamConfig, as_config, check_shares
-from tl_stream.estimator import Limits, block_shares, cut_padding
+from tl_stream.estimator import Limits, are_own, block_shares, cut_padding, in_order
 from tl_stream.fidelity.runs import dense_config
 from tl_stream.hosts import host_of
 from tl_stream.hosts.uninterrupted import Uninterrupted
@@ -93,8 +95,8 @@ class HeadShares:
     def budget(self, total: int) -> PerHead:
         """So many blocks over all heads, where they hold the most attention."""
         names = [(layer, head) for layer, steps in self.curves.items() for head in range(len(steps))]
-        steps = torch.cat([each.cpu() for each in self.curves.values()])
-        steps[:, 0] = torch.inf
+        steps = falling(torch.cat([each.cpu() for each in self.curves.values()])[:, 1:])
+        steps = torch.cat([steps.new_full((len(names), 1), torch.inf), steps], 1)
         best = steps.flatten().topk(total).indices // self.at_most
         numbers = torch.bincount(best, minlength=len(names)).tolist()
         return PerHead(dict(zip(names, numbers, strict=True)), otherwise=max(1, round(total / self.n_heads)))
@@ -109,7 +111,7 @@ class HeadShares:
 
 @outside_autocast
 def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Float[Tensor, "head_index rank"]:
-    """The share of attention that the r-th best key block holds, in the mean over the query blocks of each head."""
+    """The share of attention that the r-th key block of a budget adds, in the mean over the query blocks of each head."""
     data, products = recomputable(pattern)
     layout = data.layout
     parts = cut_padding(
@@ -118,8 +120,19 @@ def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Fl
     held, n_rows = torch.zeros(layout.n_heads, at_most, device=layout.device), 0
     for part in parts:
         limits = Limits(part.problem, [Constant(at_most)] * layout.n_heads)
-        for *_, shares in block_shares(part.problem, config, limits):
-            ranked = shares.clamp(min=0).topk(min(at_most, shares.shape[-1])).values
-            held = held + pad(ranked, (0, at_most - ranked.shape[-1])).sum((0, 2))
+        for run, _, *candidates in block_shares(part.problem, config, limits):
+            _, shares, blocks = in_order(run, *candidates, at_most, config)
+            added = shares.clamp(min=0).masked_fill(are_own(run, blocks), 0.0)
+            held = held + pad(added, (0, at_most - added.shape[-1])).sum((0, 2))
         n_rows += part.problem.shape[0] * part.problem.shape[2]
     return held / n_rows
+
+
+def falling(steps: Float[Tensor, "head_index rank"]) -> Float[Tensor, "head_index rank"]:
+    """The slopes of the least concave majorant of the steps' sums: `min over i <= r of max over j >= r of mean(i, ..., j)`."""
+    sums = pad(steps.double().cumsum(-1), (1, 0))
+    length = torch.arange(1, sums.shape[-1] + 1)[None, :-1] - torch.arange(sums.shape[-1] - 1)[:, None]  # from i to j
+    means = (sums[:, None, 1:] - sums[:, :-1, None]) / length.clamp(min=1)
+    means = means.masked_fill(length < 1, -torch.inf)
+    greatest = means.flip(-1).cummax(-1).values.flip(-1)  # over j >= r, of each i
+    return greatest.masked_fill(length < 1, torch.inf).amin(1)
