@@ -1,10 +1,10 @@
 """A total budget, distributed over heads and layers by the attention that each further block holds.
 
 A head's curve is the attention that the first, the second, ... block of its budget adds in the mean over its rows: that of the
-best block, the second best, and so on, but nothing where this is a row's own one, which is kept anyway. Where a step adds more than
-the one before it, both are worth their mean, as they come together (the curve's least concave majorant). Then it falls, and taking
-the greatest of all heads' next steps, again and again, gives the distribution that keeps the most attention in the mean over
-heads. The curves are measured once, in a run with full attention, and serve any total.
+best block, the second best, and so on, but nothing where this is a row's own one, which is kept anyway. Where a step adds more
+than the one before it, both are worth their mean, as they come together (the curve's least concave majorant). Then it falls, and
+taking the greatest of all heads' next steps, again and again, gives the distribution that keeps the most attention in the mean
+over heads. The curves are measured once, in a run with full attention, and serve any total.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def curve(pattern: BlockSparsePattern, config: StreamConfig, at_most: int) -> Fl
     held, n_rows = torch.zeros(layout.n_heads, at_most, device=layout.device), 0
     for part in parts:
         limits = Limits(part.problem, [Constant(at_most)] * layout.n_heads)
-        for run, _, *candidates in block_shares(part.problem, config, limits):
-            _, shares, blocks = in_order(run, *candidates, at_most, config)
+        for run, _, candidates, reckoned in block_shares(part.problem, config, limits):
+            _, shares, blocks = in_order(run, candidates, reckoned, at_most, config)
             added = shares.clamp(min=0).masked_fill(are_own(run, blocks), 0.0)
             held = held + pad(added, (0, at_most - added.shape[-1])).sum((0, 2))
         n_rows += part.problem.shape[0] * part.problem.shape[2]
