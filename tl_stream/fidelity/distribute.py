@@ -3,8 +3,8 @@
 A head's curve is the attention that the first, the second, ... block of its budget adds in the mean over its rows: that of the
 best block, the second best, and so on, but nothing where this is a row's own one, which is kept anyway. Where a step adds more
 than the one before it, both are worth their mean, as they come together (the curve's least concave majorant). Then it falls,
-and taking the greatest of all heads' next steps, again and again, gives the distribution that keeps the most attention in the mean
-over heads. The curves are measured once, in a run with full attention, and serve any total.
+and taking the greatest of all heads' next steps, again and again, gives the distribution that keeps the most attention in the
+mean over heads. The curves are measured once, in a run with full attention, and serve any total.
 """
 
 from __future__ import annotations
