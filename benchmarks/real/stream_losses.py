@@ -65,7 +65,8 @@ def losses(model: Any, tokens: int, k: int) -> dict[str, Any]:
     """Of every head, where `stream` loses attention; and the keys that lose most, by kind of layer."""
     text = prose(model, tokens)
     patterns = Run.of(model, text, DENSE).patterns
-    heads, keys = [], defaultdict(lambda: torch.zeros(tokens))
+    heads: list[dict[str, Any]] = []
+    keys: dict[str, Tensor] = defaultdict(lambda: torch.zeros(tokens))
     for layer in tqdm(patterns, file=sys.stderr):
         of_layer, lost = layer_losses(patterns[layer], layer, k)
         heads += of_layer
