@@ -76,12 +76,18 @@ def test_kinds_of_layers_and_how_far_they_read() -> None:
 def test_what_stream_loses_adds_up(family: str) -> None:
     _, _, dense = read(family)
     for layer, pattern in dense.patterns.items():
-        for head in stream_losses.layer_losses(pattern, layer, K):
+        heads, lost_keys = stream_losses.layer_losses(pattern, layer, K)
+        rows = pattern.block_layout.n_q_blocks
+        assert float(lost_keys.sum()) / rows == pytest.approx(sum(head["lost: blocks"] for head in heads), abs=1e-4)
+        for head in heads:
             lost, gained = (sum(head[f"{which}: {place}"] for place in stream_losses.PLACES) for which in ("lost", "gained"))
             assert head["exact"] - head["stream"] == pytest.approx(lost - gained, abs=1e-4)
             assert head["stream"] - 1e-4 <= head["best of the leaves"] <= head["exact"] + 1e-4
-            assert head["first key"] <= head["first block"] + 1e-5
-        assert all(head["stream"] == pytest.approx(1.0, abs=1e-4) for head in stream_losses.layer_losses(pattern, layer, 100))
+            assert head["lost: blocks"] == pytest.approx(lost, abs=1e-4)
+            assert head["lost: most read keys"] <= head["lost: blocks"] <= study.BLOCK * head["lost: most read keys"] + 1e-3
+        everything, lost_keys = stream_losses.layer_losses(pattern, layer, 100)
+        assert not lost_keys.any()
+        assert all(head["stream"] == pytest.approx(1.0, abs=1e-4) for head in everything)
 
 
 def wheel(folder: Path, package: str, content: bytes) -> None:

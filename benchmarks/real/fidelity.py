@@ -132,12 +132,15 @@ def prose(model: Any, tokens: int) -> Int[Tensor, "1 pos"]:
 
 def masses(pattern: Any) -> Float[Tensor, "head_index q_block kv_block"]:
     """The share of each query block's attention that each key block holds, in the full softmax of the pattern's q and k."""
+    return by_key(pattern).unflatten(-1, (-1, BLOCK)).sum(-1)
+
+
+def by_key(pattern: Any) -> Float[Tensor, "head_index q_block key_pos"]:
+    """The same of each key."""
     full = SoftmaxRows.of(pattern)
-    parts = []
-    for part in full.runs(torch.arange(full.layout.mask.query_length), BLOCK):
-        by_block = full.softmax(full.scores(part), part)[0].unflatten(-1, (-1, BLOCK)).sum(-1)
-        parts.append(by_block.unflatten(1, (-1, BLOCK)).mean(2))
-    return torch.cat(parts, 1)
+    every = torch.arange(full.layout.mask.query_length)
+    parts = (full.softmax(full.scores(part), part)[0] for part in full.runs(every, BLOCK))
+    return torch.cat([part.unflatten(1, (-1, BLOCK)).mean(2) for part in parts], 1)
 
 
 def compared(model: Any, text: Tensor, config: StreamConfig, dense: Run, held: dict[int, Tensor]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ the share of attention on the blocks that
 - `exact` keeps and `stream` doesn't, by where they lie: the text's first block (the sink), the two blocks before the query
   block's own one, and all others. (The own block is always kept.) What `stream` keeps instead makes up for some of it.
 
-And the share of attention on the first block, and on its first key: in the mean key one key counts 1 / 32.
+For the lost blocks and for those that both keep it says, too, which share of their attention is on a block's most read key: a
+leaf's mean key divides by 32 what one key has that the others have not. And the keys with most of the lost attention, by name.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
 from real.common import append, load, rows
-from real.fidelity import BLOCK, DENSE, Run, chosen, kind_of, masses, prose, versions
+from real.fidelity import BLOCK, DENSE, Run, by_key, chosen, kind_of, prose, versions
 from tl_stream import StreamConfig
 from tl_stream.audit import records
 from tl_stream.audit.rows import SoftmaxRows
 from tl_stream.estimator import Limits, Problem, block_shares
 
 NEAR = 2  # blocks before the own one
+MOST_KEYS = 8
 PLACES = ("first block", f"{NEAR} before the own", "elsewhere")
 WAYS = ("exact", "stream", "stream, first block kept", "window")
 
@@ -52,22 +54,40 @@ def main() -> int:
     for tokens in options.tokens:
         if (name, tokens, options.k) not in {(row["model"], row["tokens"], row["k"]) for row in rows(options.rows)}:
             about = {"model": name, "tokens": tokens, "k": options.k, "block": BLOCK, "versions": versions()}
-            append(options.rows, {**about, "heads": losses(model, tokens, options.k)})
-    for shown in (table, heads_table):
+            append(options.rows, {**about, **losses(model, tokens, options.k)})
+    for shown in (table, heads_table, keys_table):
         Console(width=140).print(shown(rows(options.rows)))
     return 0
 
 
 @torch.inference_mode()
-def losses(model: Any, tokens: int, k: int) -> list[dict[str, Any]]:
-    """Of every head, where `stream` loses attention."""
-    patterns = Run.of(model, prose(model, tokens), DENSE).patterns
-    return [each for layer in tqdm(patterns, file=sys.stderr) for each in layer_losses(patterns[layer], layer, k)]
+def losses(model: Any, tokens: int, k: int) -> dict[str, Any]:
+    """Of every head, where `stream` loses attention; and the keys that lose most, by kind of layer."""
+    text = prose(model, tokens)
+    patterns = Run.of(model, text, DENSE).patterns
+    heads: list[dict[str, Any]] = []
+    keys: dict[str, Tensor] = defaultdict(lambda: torch.zeros(tokens))
+    for layer in tqdm(patterns, file=sys.stderr):
+        of_layer, lost = layer_losses(patterns[layer], layer, k)
+        heads += of_layer
+        keys[of_layer[0]["kind"]] += lost
+    columns = {name: [head[name] for head in heads] for name in heads[0]}
+    return {"heads": columns, "lost keys": {kind: named(lost, text[0], model.tokenizer) for kind, lost in keys.items()}}
 
 
-def layer_losses(pattern: Any, layer: int, k: int) -> list[dict[str, Any]]:
-    """Of every head of a layer."""
-    base, held = StreamConfig(block_q=BLOCK, block_k=BLOCK, k=k, estimator="stream"), masses(pattern)
+def named(lost: Float[Tensor, " key_pos"], text: Int[Tensor, " pos"], tokenizer: Any) -> list[tuple[int, str, float]]:
+    """The keys of which most is lost: position, token, and share of all that is lost."""
+    best = (lost / lost.sum()).topk(MOST_KEYS)
+    return [
+        (position, tokenizer.decode(text[position]), round(share, 5))
+        for share, position in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def layer_losses(pattern: Any, layer: int, k: int) -> tuple[list[dict[str, Any]], Float[Tensor, " key_pos"]]:
+    """Of every head of a layer; and what is lost of each key, summed over heads and query blocks."""
+    base, keys = StreamConfig(block_q=BLOCK, block_k=BLOCK, k=k, estimator="stream"), by_key(pattern).unflatten(-1, (-1, BLOCK))
+    held, most_read = keys.sum(-1), keys.amax(-1)
     ways = (replace(base, estimator="exact"), base, replace(base, keep_sink=True), replace(base, estimator="window"))
     layouts = [chosen(pattern, config, layer) for config in ways]
     best, stream, *_ = kept = [layout.to_block_dense()[0] for layout in layouts]
@@ -76,14 +96,12 @@ def layer_losses(pattern: Any, layer: int, k: int) -> list[dict[str, Any]]:
     for name, where in places(held).items():
         found[f"lost: {name}"] = total(held, best & ~stream & where)
         found[f"gained: {name}"] = total(held, stream & ~best & where)
-    found["first block"] = total(held, places(held)[PLACES[0]])
-    found["first key"] = first_key(pattern)
-    kind = kind_of(layouts[0])
+    for name, where in {"lost": best & ~stream, "kept": best & stream}.items():
+        found[f"{name}: blocks"], found[f"{name}: most read keys"] = total(held, where), total(most_read, where)
     plain = {name: [round(x, 5) for x in values.tolist()] for name, values in found.items()}
-    return [
-        {"layer": layer, "head": head, "kind": kind, **{name: values[head] for name, values in plain.items()}}
-        for head in range(len(held))
-    ]
+    about = {"layer": layer, "kind": kind_of(layouts[0])}
+    heads = [{**about, "head": head, **{name: each[head] for name, each in plain.items()}} for head in range(len(held))]
+    return heads, (keys * (best & ~stream)[..., None]).sum((0, 1)).flatten()
 
 
 def total(held: Float[Tensor, "head_index q_block kv_block"], where: Bool[Tensor, "*#shape"]) -> Float[Tensor, " head_index"]:
@@ -122,19 +140,12 @@ def leaves(pattern: Any, config: StreamConfig) -> Bool[Tensor, "head_index q_blo
     return found
 
 
-def first_key(pattern: Any) -> Float[Tensor, " head_index"]:
-    """The share of attention on the text's first key, mean over rows."""
-    full = SoftmaxRows.of(pattern)
-    every = torch.arange(full.layout.mask.query_length)
-    return torch.cat([full.softmax(full.scores(part), part)[0, :, :, 0] for part in full.runs(every)], -1).mean(-1)
-
-
 def table(cases: list[dict[str, Any]]) -> Any:
     """Mean over the heads of each kind of layer."""
     lines = []
     for row in cases:
         kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for head in row["heads"]:
+        for head in heads_of(row):
             kinds[head["kind"]].append(head)
         for kind, heads in kinds.items():
             lines.append((row["model"], row["tokens"], f"{kind} ({len(heads)})", *figures(heads)))
@@ -146,13 +157,18 @@ def heads_table(cases: list[dict[str, Any]], most: int = 5) -> Any:
     """The heads that lose most."""
     lines = []
     for row in cases:
-        for head in sorted(row["heads"], key=lambda head: head["stream"] - head["exact"])[:most]:
+        for head in sorted(heads_of(row), key=lambda head: head["stream"] - head["exact"])[:most]:
             name = f"{head['layer']}.{head['head']} ({head['kind']})"
             lines.append((row["model"], row["tokens"], name, *figures([head])))
     return records.table("The heads of which stream loses most", ("model", "tokens", "head", *HEADER), lines)
 
 
-HEADER = ("exact", "stream", "+ first", "window", "lost: tree", "ranking", *PLACES, "gained", "on first block", "first key's")
+def heads_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A case's heads, which its row holds by column."""
+    return [dict(zip(row["heads"], values, strict=True)) for values in zip(*row["heads"].values(), strict=True)]
+
+
+HEADER = ("exact", "stream", "+ first", "window", "lost: tree", "ranking", *PLACES, "gained", "on one key: lost", "kept")
 
 
 def figures(heads: list[dict[str, Any]]) -> list[float]:
@@ -162,9 +178,20 @@ def figures(heads: list[dict[str, Any]]) -> list[float]:
         return sum(head[name] for head in heads) / len(heads)
 
     gained = sum(mean(f"gained: {place}") for place in PLACES)
-    lost = [mean("exact") - mean("best of the leaves"), mean("best of the leaves") - mean("stream")]
-    by_place = [mean(f"lost: {place}") for place in PLACES]
-    return [*(mean(way) for way in WAYS), *lost, *by_place, gained, mean("first block"), mean("first key")]
+    steps = [mean("exact") - mean("best of the leaves"), mean("best of the leaves") - mean("stream")]
+    on_one = [mean(f"{name}: most read keys") / max(mean(f"{name}: blocks"), 1e-9) for name in ("lost", "kept")]
+    return [*(mean(way) for way in WAYS), *steps, *(mean(f"lost: {place}") for place in PLACES), gained, *on_one]
+
+
+def keys_table(cases: list[dict[str, Any]]) -> Any:
+    """The keys with most of what is lost."""
+    lines = []
+    for row in cases:
+        for kind, keys in row["lost keys"].items():
+            shown = "  ".join(f"{position} {token!r} {share:.1%}" for position, token, share in keys)
+            lines.append((row["model"], row["tokens"], kind, sum(share for *_, share in keys), shown))
+    header = ("model", "tokens", "heads", f"the first {MOST_KEYS}, together", "position, token, share of what is lost")
+    return records.table("The keys of which stream loses most", header, lines)
 
 
 if __name__ == "__main__":
