@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import families
 import numpy
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tl_stream.analysis import (
     suppression,
     vertical_scores,
 )
+from tl_stream.hosts import unembedding
 from tl_stream.tasks import Span
 
 SPARSE = StreamConfig(block_q=4, block_k=4, k=3, max_dense=0)
@@ -293,6 +295,56 @@ def test_batches_and_choices_of_sentences_change_nothing() -> None:
     assert rows.effects[6, 0].isnan()
     assert every.top_sources(6, 2) == every.effects[6, :6].argsort(descending=True)[:2].tolist()
     assert gap(every.scores[:6], every.effects[:, :6].nanmean(0)) == 0
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", "Cohere"])
+@pytest.mark.parametrize("config", [None, SPARSE], ids=["dense", "sparse"])
+@torch.no_grad()
+def test_logits_are_made_some_rows_at_a_time(family: str, config: StreamConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model's own code makes them, with a soft cap or a factor; the same effects as from all logits at once."""
+    model, text = families.build(family, torch.float64), families.tokens(61, batch=1)
+    options: dict[str, Any] = {"config": config, "batch_size": 4, "settings": KL, "progress": False}
+    at_once = suppression(model, text, SPANS, **options)
+    hooks = [] if config is None else mask_hooks(model.run_with_sparse_cache(text, config=config)[1])
+    expected = suppressed_by_hand(model, text, hooks, KL)
+    monkeypatch.setattr(unembedding, "ENTRIES", 4 * 7 * model.cfg.d_vocab)
+    made: list[tuple[int, ...]] = []
+    with model.unembed.register_forward_hook(lambda module, args, output: made.append(tuple(output.shape[:2]))):
+        found = suppression(model, text, SPANS, **options)
+    assert max(texts * rows for texts, rows in made) == 4 * 7
+    assert gap(found.effects.nan_to_num(0.0), at_once.effects.nan_to_num(0.0)) < 1e-9
+    assert gap(found.effects[:, :-1].nan_to_num(0.0), expected[:, :-1].nan_to_num(0.0)) < 1e-6
+
+
+@torch.no_grad()
+def test_a_hook_on_the_logits_sees_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that tells rows apart gives each row what it would give it in a run of the whole text."""
+    monkeypatch.setattr(unembedding, "ENTRIES", 1)
+    model, text = families.build("Llama", torch.float64), families.tokens(61, batch=1)
+
+    def steer(logits: Tensor, hook: Any) -> Tensor:
+        logits[:, 40:47, 3] += 5
+        return logits
+
+    with model.hooks(fwd_hooks=[("unembed.hook_out", steer)]):
+        found = suppression(model, text, SPANS, settings=KL, progress=False)
+        expected = suppressed_by_hand(model, text, [], KL)
+    assert gap(found.effects[:, :-1].nan_to_num(0.0), expected[:, :-1].nan_to_num(0.0)) < 1e-6
+
+
+@torch.no_grad()
+def test_suppression_takes_memory_by_the_text_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unembedding, "ENTRIES", 2**15)
+    length, spans = 512, [(i, i + 64) for i in range(0, 512, 64)]
+    for config in (None, StreamConfig(block_q=16, block_k=16, k=4)):
+        largest = []
+        for d_vocab in (4096, 8192):
+            model = build("gqa", torch.float32, n_ctx=1024, n_layers=1, d_vocab=d_vocab)
+            text = torch.randint(0, d_vocab, (1, length))
+            with LargestTensor() as watch:
+                suppression(model, text, spans, config=config, batch_size=4, progress=False)
+            largest.append(watch.numel)
+        assert largest[0] == largest[1] < length * 4096
 
 
 @torch.no_grad()

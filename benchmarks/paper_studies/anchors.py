@@ -29,7 +29,6 @@ from paper_studies.traces import Trace
 from tl_stream import StreamConfig
 from tl_stream.analysis import PAPER, AnchorSettings, VerticalScores, receiver_heads, suppression, vertical_scores
 from tl_stream.analysis.needle_store import as_json
-from tl_stream.analysis.suppression import MAX_LOGITS
 from tl_stream.budget import Sqrt
 from tl_stream.cache import is_pattern
 from tl_stream.fidelity.runs import dense_config
@@ -169,24 +168,20 @@ def scores(model: Any, trace: Trace, config: StreamConfig, scoring: AnchorSettin
 
 
 def suppressions(model: Any, trace: Trace, configs: dict[str, StreamConfig], settings: TraceSettings) -> Rows:
-    """The effect of suppressing some sentences, on as much of a trace as its logits' memory allows."""
-    tokens = trace.tokens[:, : MAX_LOGITS // model.cfg.d_vocab]
-    parts = [each for each in trace.sentences if each.span.stop <= tokens.shape[1]]
+    """The effect of suppressing some sentences of a trace."""
+    parts = trace.sentences
     number = min(settings.sources, len(parts) - 1)
     sources = [round(i) for i in torch.linspace(0, len(parts) - 2, number).tolist()]
-    batch_size = max(1, min(4, MAX_LOGITS // (tokens.shape[1] * model.cfg.d_vocab)))
     rows, truth = [], None
     for name, config in {"dense": None, **configs}.items():
         start = time.perf_counter()
-        found = suppression(
-            model, tokens, parts, config=config, sources=sources, batch_size=batch_size, settings=settings.scoring
-        )
+        found = suppression(model, trace.tokens, parts, config=config, sources=sources, batch_size=4, settings=settings.scoring)
         truth = truth or found
         tops = [(found.top_sources(i, 1), truth.top_sources(i, 1)) for i in range(sources[0] + 1, len(parts))]
         rows.append(
             {
                 "run": name,
-                "tokens": tokens.shape[1],
+                "tokens": trace.tokens.shape[1],
                 "suppressed": f"{len(sources)} of {len(parts)}",
                 "pruned": found.pruned,
                 "Spearman, sentence scores": spearman(found.scores, truth.scores),
