@@ -21,6 +21,7 @@ from tl_stream.analysis import (
     AnchorSettings,
     Segments,
     Sentence,
+    VerticalScores,
     line_split,
     paper_split,
     receiver_heads,
@@ -213,6 +214,35 @@ def test_receiver_heads_are_those_of_the_greatest_kurtosis() -> None:
         _ = receiver_heads(traces[:1]).reliability
     with pytest.raises(ValueError, match="traces were of 0 kinds"):
         receiver_heads([])
+
+
+def scored(values: Tensor) -> VerticalScores:
+    n = values.shape[-1]
+    segments = Segments.of([(i, i + 1) for i in range(n)], n)
+    return VerticalScores(values.double(), (0,), segments, 0.0, "the dense model")
+
+
+def test_kurtosis_is_that_of_scipy() -> None:
+    """scipy.stats.kurtosis of the same numbers; the last ones without scores."""
+    values = torch.tensor([[[1.0, 2, 2, 4, 10, 3, torch.nan], [0, 0, 0, 0, 1, 0, torch.nan]]])
+    assert scored(values).kurtosis[0].tolist() == pytest.approx([0.5334375, 6 - 5 + 1 / 5])
+
+
+def test_heads_with_constant_scores_are_no_receivers() -> None:
+    """Rounding is no peak: the mean of seven 0.1 isn't 0.1."""
+    constant, peaked = torch.full((7,), 0.1), torch.eye(7)[2]
+    found = scored(torch.stack([constant.double(), 0.0 * peaked, peaked])[None])
+    assert found.kurtosis[0, :2].isnan().all()
+    assert receiver_heads(found).heads == ((0, 2),)
+    with pytest.raises(ValueError, match="every head the same score for all sentences"):
+        receiver_heads(scored(torch.ones(1, 2, 7)))
+
+
+def test_the_kurtosis_of_three_numbers_chooses_no_head() -> None:
+    few = scored(torch.tensor([[[3.0, 1, 2], [0, 0, 9]]]))
+    assert few.kurtosis[0].tolist() == pytest.approx([-1.5, -1.5])
+    with pytest.raises(ValueError, match=r"traces had one with scores of 3 sentences \(3 in all\); expected at least 4"):
+        receiver_heads([scored(torch.rand(1, 2, 7)), few])
 
 
 @torch.no_grad()
@@ -511,7 +541,7 @@ def test_an_own_metric_and_bad_ones() -> None:
 def test_tables_and_plots() -> None:
     model, text = build("gqa"), tokens(61, batch=1)
     _, cache = model.run_with_sparse_cache(text, config=SPARSE)
-    vertical = vertical_scores(cache, SPANS)
+    vertical = vertical_scores(cache, SPANS, settings=AnchorSettings(proximity=2))
     heads = receiver_heads(vertical)
     effects = suppression(model, text, SPANS, config=SPARSE, progress=False)
     assert len(vertical.to_dataframe()) == 3 * 4 * 7

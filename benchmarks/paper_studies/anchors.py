@@ -158,7 +158,9 @@ def receivers(model: Any, traces: list[Trace], by_trace: list[dict[str, StreamCo
         kurtosis = receiver_heads(each, settings=scoring).kurtosis
         row = receiver_row(name, each, truth, dense, scoring)
         said = "the real model" if name == "dense" else SPEAKS_OF[runs[name][0].forward]
-        rows.append({**row, "Spearman, kurtosis": spearman(kurtosis, dense.kurtosis), "exact for": said})
+        compared = int((kurtosis.isfinite() & dense.kurtosis.isfinite()).sum())
+        row |= {"Spearman, kurtosis": spearman(kurtosis, dense.kurtosis), "of heads": f"{compared} of {kurtosis.numel()}"}
+        rows.append({**row, "scored sentences": [trace.scored for trace in each], "exact for": said})
     return rows
 
 
