@@ -203,7 +203,7 @@ def receiver_heads(traces: VerticalScores | Sequence[VerticalScores], *, setting
     if least.scored < FEWEST:
         raise ValueError(
             f"traces had one with scores of {least.scored} sentences ({len(least.segments)} in all); expected at least "
-            f"{FEWEST}: the kurtosis of fewer numbers is the same whatever they are. Take a longer trace, or a smaller proximity."
+            f"{FEWEST}: the kurtosis of fewer numbers is always the same. Take a longer trace, or a smaller proximity."
         )
     by_trace = torch.stack([trace.kurtosis for trace in each])
     mean = by_trace.nanmean(0)
