@@ -35,6 +35,7 @@ from tl_stream.fidelity.runs import dense_config
 
 OURS = StreamConfig(block_q=1, block_k=1, k=Sqrt(1.0))
 FIDELITY_ROWS = 256
+BEGINNING = 120  # characters of a trace that its row shows
 SPEAKS_OF = {"sparse": "the sparse model", "exact": "the real model, recorded entries"}
 Rows = list[dict[str, Any]]
 
@@ -63,7 +64,7 @@ class TraceSettings:
 
 
 def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings, finished: Finished) -> dict[str, Rows]:
-    """Rows of its tables: "fidelity", "receivers", "suppression".
+    """Rows of its tables: "traces", "fidelity", "receivers", "suppression".
 
     Args:
         model: A bridge with its tokenizer.
@@ -93,9 +94,24 @@ def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings, fini
     }
     first = {**about, "sources": settings.sources}
     return {
+        "traces": [trace_row(trace) for trace in traces],
         "fidelity": rows,
         "receivers": finished.once("receivers", about, partial(receivers, model, traces, by_trace, settings.scoring)),
         "suppression": finished.once("suppression", first, partial(suppressions, model, traces[0], by_trace[0], settings)),
+    }
+
+
+def trace_row(trace: Trace) -> dict[str, Any]:
+    """Which text it was, without the text."""
+    first, last = trace.sentences[0], trace.sentences[-1]
+    return {
+        "trace": trace.name,
+        "tokens": trace.tokens.shape[1],
+        "of sentences": last.span.stop - first.span.start,
+        "sentences": len(trace.sentences),
+        "repeated": len(trace.sentences) - len({each.text for each in trace.sentences}),
+        "digest": digest(trace.tokens),
+        "begins": first.text[:BEGINNING],
     }
 
 
