@@ -329,6 +329,8 @@ def told(score: Tensor, flipped: Tensor, threshold: float) -> Row:
 
 
 def share(number: int, of: int) -> str:
+    if not of:
+        return "0/0"
     low, high = wilson(number / of, of)
     return f"{number}/{of} [{low:.0%}, {high:.0%}]"
 
