@@ -10,7 +10,8 @@ attention is summed by blocks, and outputs are compared at `POSITIONS` evenly sp
   each layer, and of all. A layer's q and k are those of a model whose earlier layers were pruned: some of what is lost here
   was lost by other layers.
 - mass, dense q and k: the same for the blocks that the estimator keeps of the dense model's own q and k. `exact` keeps the best
-  ones there, so this is how good a choice is; tables give it relative to `exact`'s, layer by layer.
+  ones there, so this is how good a choice is; tables give it relative to `exact`'s, layer by layer. (The own block is kept
+  beside the budget where it isn't among the chosen, so that two choices may differ by a block; at small k one may pass 1.)
 - KL(dense || sparse) of the next token in nats, and the share of positions with the same most likely one.
 - seconds: CPU seconds of the sparse run, and of the estimator alone (on the dense model's q and k).
 - MB: the most memory that the run took beyond what was there before, its cached patterns included.

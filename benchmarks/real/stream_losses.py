@@ -55,7 +55,7 @@ def main() -> int:
         if (name, tokens, options.k) not in {(row["model"], row["tokens"], row["k"]) for row in rows(options.rows)}:
             about = {"model": name, "tokens": tokens, "k": options.k, "block": BLOCK, "versions": versions()}
             append(options.rows, {**about, **losses(model, tokens, options.k)})
-    for shown in (table, heads_table, keys_table):
+    for shown in (table, layers_table, heads_table, keys_table):
         Console(width=140).print(shown(rows(options.rows)))
     return 0
 
@@ -151,6 +151,20 @@ def table(cases: list[dict[str, Any]]) -> Any:
             lines.append((row["model"], row["tokens"], f"{kind} ({len(heads)})", *figures(heads)))
     title = "Where stream loses attention (mean over heads; shares of all attention)"
     return records.table(title, ("model", "tokens", "heads", *HEADER), lines)
+
+
+def layers_table(cases: list[dict[str, Any]]) -> Any:
+    """What each layer loses, less what is kept instead; and how much is lost at the first block and elsewhere."""
+    lines = []
+    for row in cases:
+        heads = heads_of(row)
+        for layer in sorted(set(row["heads"]["layer"])):
+            own = [head for head in heads if head["layer"] == layer]
+            exact, stream, *_, first, near, elsewhere, _, _, _ = figures(own)
+            about = (row["model"], row["tokens"], f"{layer} ({own[0]['kind']})")
+            lines.append((*about, exact, stream, exact - stream, first, near + elsewhere))
+    header = ("model", "tokens", "layer", "exact", "stream", "difference", "lost: first block", "elsewhere")
+    return records.table("What stream loses in each layer, mean over its heads", header, lines)
 
 
 def heads_table(cases: list[dict[str, Any]], most: int = 5) -> Any:
