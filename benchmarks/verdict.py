@@ -235,7 +235,7 @@ def log_lost(row: Row, i: int) -> float:
 
 
 def settled_of(row: Row, i: int) -> float:
-    return float(settled(torch.tensor(row["lead"][i]), torch.tensor(row["reread"][i])))
+    return float(settled(torch.tensor(row["lead"][i : i + 1]), torch.tensor(row["reread"][i : i + 1])))
 
 
 SCORES = (
