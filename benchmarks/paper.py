@@ -145,7 +145,9 @@ def show(found: Tables, options: argparse.Namespace, seconds: float) -> None:
 
 
 def written(value: Any) -> Any:
-    return ", ".join("-" if each is None else f"{each:.2f}" for each in value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return ", ".join("-" if each is None else f"{each:.2f}" if isinstance(each, float) else str(each) for each in value)
 
 
 def plain(value: Any) -> Any:

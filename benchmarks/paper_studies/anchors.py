@@ -158,7 +158,11 @@ def fidelity_row(model: Any, trace: Trace, name: str, config: StreamConfig) -> d
 
 
 def receivers(model: Any, traces: list[Trace], by_trace: list[dict[str, StreamConfig]], scoring: AnchorSettings) -> Rows:
-    """Vertical scores and receiver heads of every run against the real model's."""
+    """Vertical scores and receiver heads of every run against the real model's; lists are by trace.
+
+    A head all of whose scores on a trace are equal (0 where nothing distant was kept) has no kurtosis there, and is in no rank
+    correlation: "of heads" says how many are. Where the scores of the heads compared are equal throughout, there is none.
+    """
     runs: dict[str, list[StreamConfig]] = {"dense": [dense_config(StreamConfig())] * len(traces)}
     for name in by_trace[0]:
         for forward in SPEAKS_OF:
@@ -171,12 +175,15 @@ def receivers(model: Any, traces: list[Trace], by_trace: list[dict[str, StreamCo
     dense = receiver_heads(truth, settings=scoring)
     rows = []
     for name, each in found.items():
-        kurtosis = receiver_heads(each, settings=scoring).kurtosis
+        pairs = [(a.kurtosis, b.kurtosis) for a, b in zip(each, truth, strict=True)]
         row = receiver_row(name, each, truth, dense, scoring)
-        said = "the real model" if name == "dense" else SPEAKS_OF[runs[name][0].forward]
-        compared = int((kurtosis.isfinite() & dense.kurtosis.isfinite()).sum())
-        row |= {"Spearman, kurtosis": spearman(kurtosis, dense.kurtosis), "of heads": f"{compared} of {kurtosis.numel()}"}
-        rows.append({**row, "scored sentences": [trace.scored for trace in each], "exact for": said})
+        row |= {
+            "Spearman, kurtosis": [spearman(a, b) for a, b in pairs],
+            "of heads": [int((a.isfinite() & b.isfinite()).sum()) for a, b in pairs],
+            "scored sentences": [trace.scored for trace in each],
+            "exact for": "the real model" if name == "dense" else SPEAKS_OF[runs[name][0].forward],
+        }
+        rows.append(row)
     return rows
 
 
