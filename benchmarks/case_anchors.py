@@ -143,7 +143,7 @@ def antecedents_on_top(task: ReasoningTask, effects: Tensor, at_value: bool) -> 
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation where both are numbers."""
+    """Spearman's rank correlation where both are numbers, ties sharing their mean rank; NaN where either is constant."""
     table = pandas.DataFrame({"a": a.flatten().cpu().numpy(), "b": b.flatten().cpu().numpy()}).dropna().rank()
     return float(table["a"].corr(table["b"]))
 

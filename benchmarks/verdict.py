@@ -235,7 +235,7 @@ def log_lost(row: Row, i: int) -> float:
 
 
 def settled_of(row: Row, i: int) -> float:
-    return float(settled(torch.tensor(row["lead"][i]), torch.tensor(row["reread"][i])))
+    return float(settled(torch.tensor(row["lead"][i : i + 1]), torch.tensor(row["reread"][i : i + 1])))
 
 
 SCORES = (
@@ -329,6 +329,8 @@ def told(score: Tensor, flipped: Tensor, threshold: float) -> Row:
 
 
 def share(number: int, of: int) -> str:
+    if not of:
+        return "0/0"
     low, high = wilson(number / of, of)
     return f"{number}/{of} [{low:.0%}, {high:.0%}]"
 

@@ -23,6 +23,7 @@ from families_report import FamiliesReport
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families-json", type=Path, help="write what tests/test_families.py found to this file")
+    parser.addoption("--real-model", type=Path, metavar="FOLDER", help="SmolLM2, for tests/test_real_model.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

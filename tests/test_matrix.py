@@ -609,7 +609,8 @@ def coarsened(t: Traced) -> Found:
 
 def vertical(t: Traced, settings: AnchorSettings) -> Tensor:
     means = [sentence_means(t, layer) for layer in t.layers]
-    return torch.stack([torch.stack([x[:, j + 2 :, j].mean(-1) for j in range(3)], -1) for x in means])
+    scored = range(5 - settings.proximity)
+    return torch.stack([torch.stack([x[:, j + settings.proximity :, j].mean(-1) for j in scored], -1) for x in means])
 
 
 def verticals(t: Traced) -> Found:
@@ -619,7 +620,7 @@ def verticals(t: Traced) -> Found:
 
 
 def receivers(t: Traced) -> Found:
-    settings = AnchorSettings(proximity=2, n_heads=2)
+    settings = AnchorSettings(proximity=1, n_heads=2)
     found = analysis.receiver_heads(analysis.vertical_scores(t.cache, t.spans, settings=settings), settings=settings)
     x = vertical(t, settings)
     x = x - x.mean(-1, keepdim=True)

@@ -11,6 +11,7 @@ from typing import Any
 import paper
 import pytest
 import torch
+from case_anchors import spearman
 from paper_studies import dry_run
 from paper_studies.configs import Candidate, ours
 from paper_studies.finished import Finished
@@ -67,7 +68,7 @@ def test_thoughts_are_cut_whether_or_not_they_ended(reasoner: Any, tmp_path: Pat
         assert [each.text for each in trace.sentences] == [f"{part}." for part in THOUGHTS[:-1].split(". ")]
         said = [reasoner.tokenizer.decode(trace.tokens[0, each.span.slice]).strip() for each in trace.sentences]
         assert said == [each.text for each in trace.sentences]
-    with pytest.raises(InputError, match=r"short had 1 sentences .*; expected at least 6"):
+    with pytest.raises(InputError, match=r"short had 1 sentences .*; expected at least 8"):
         Trace.of(reasoner, "short", "<think>One sentence, no more.</think>")
     with pytest.raises(InputError, match=r"long was \d+ tokens, more than the 4096"):
         Trace.of(reasoner, "long", THOUGHTS * 100)
@@ -89,6 +90,13 @@ def test_the_largest_growing_budget_keeps_everything(n_blocks: int) -> None:
     budget = candidate.vary(candidate.most(n_blocks)).budget
     assert isinstance(budget, Sqrt)
     assert all(budget.blocks(n) == n for n in range(1, n_blocks + 1))
+
+
+def test_rank_correlation_is_that_of_scipy() -> None:
+    """scipy.stats.spearmanr(a, b, nan_policy="omit"): ties share their mean rank."""
+    a, b = torch.tensor([1, 2, 2, 4, 10, 3, math.nan]), torch.tensor([2, 1, 5, 5, 9, math.nan, 1])
+    assert spearman(a, b) == pytest.approx(0.7631578947368423)
+    assert math.isnan(spearman(a, torch.ones(7)))
 
 
 def test_undefined_numbers_are_null() -> None:

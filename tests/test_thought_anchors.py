@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import families
 import numpy
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tl_stream.analysis import (
     AnchorSettings,
     Segments,
     Sentence,
+    VerticalScores,
     line_split,
     paper_split,
     receiver_heads,
@@ -30,6 +32,7 @@ from tl_stream.analysis import (
     suppression,
     vertical_scores,
 )
+from tl_stream.hosts import unembedding
 from tl_stream.tasks import Span
 
 SPARSE = StreamConfig(block_q=4, block_k=4, k=3, max_dense=0)
@@ -213,6 +216,35 @@ def test_receiver_heads_are_those_of_the_greatest_kurtosis() -> None:
         receiver_heads([])
 
 
+def scored(values: Tensor) -> VerticalScores:
+    n = values.shape[-1]
+    segments = Segments.of([(i, i + 1) for i in range(n)], n)
+    return VerticalScores(values.double(), (0,), segments, 0.0, "the dense model")
+
+
+def test_kurtosis_is_that_of_scipy() -> None:
+    """scipy.stats.kurtosis of the same numbers; the last ones without scores."""
+    values = torch.tensor([[[1.0, 2, 2, 4, 10, 3, torch.nan], [0, 0, 0, 0, 1, 0, torch.nan]]])
+    assert scored(values).kurtosis[0].tolist() == pytest.approx([0.5334375, 6 - 5 + 1 / 5])
+
+
+def test_heads_with_constant_scores_are_no_receivers() -> None:
+    """Rounding is no peak: the mean of seven 0.1 isn't 0.1."""
+    constant, peaked = torch.full((7,), 0.1), torch.eye(7)[2]
+    found = scored(torch.stack([constant.double(), 0.0 * peaked, peaked])[None])
+    assert found.kurtosis[0, :2].isnan().all()
+    assert receiver_heads(found).heads == ((0, 2),)
+    with pytest.raises(ValueError, match="every head the same score for all sentences"):
+        receiver_heads(scored(torch.ones(1, 2, 7)))
+
+
+def test_the_kurtosis_of_three_numbers_chooses_no_head() -> None:
+    few = scored(torch.tensor([[[3.0, 1, 2], [0, 0, 9]]]))
+    assert few.kurtosis[0].tolist() == pytest.approx([-1.5, -1.5])
+    with pytest.raises(ValueError, match=r"traces had one with scores of 3 sentences \(3 in all\); expected at least 4"):
+        receiver_heads([scored(torch.rand(1, 2, 7)), few])
+
+
 @torch.no_grad()
 def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tl_stream.analysis.sentence_patterns._ENTRIES_AT_ONCE", 2**17)
@@ -293,6 +325,56 @@ def test_batches_and_choices_of_sentences_change_nothing() -> None:
     assert rows.effects[6, 0].isnan()
     assert every.top_sources(6, 2) == every.effects[6, :6].argsort(descending=True)[:2].tolist()
     assert gap(every.scores[:6], every.effects[:, :6].nanmean(0)) == 0
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", "Cohere"])
+@pytest.mark.parametrize("config", [None, SPARSE], ids=["dense", "sparse"])
+@torch.no_grad()
+def test_logits_are_made_some_rows_at_a_time(family: str, config: StreamConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model's own code makes them, with a soft cap or a factor; the same effects as from all logits at once."""
+    model, text = families.build(family, torch.float64), families.tokens(61, batch=1)
+    options: dict[str, Any] = {"config": config, "batch_size": 4, "settings": KL, "progress": False}
+    at_once = suppression(model, text, SPANS, **options)
+    hooks = [] if config is None else mask_hooks(model.run_with_sparse_cache(text, config=config)[1])
+    expected = suppressed_by_hand(model, text, hooks, KL)
+    monkeypatch.setattr(unembedding, "ENTRIES", 4 * 7 * model.cfg.d_vocab)
+    made: list[tuple[int, ...]] = []
+    with model.unembed.register_forward_hook(lambda module, args, output: made.append(tuple(output.shape[:2]))):
+        found = suppression(model, text, SPANS, **options)
+    assert max(texts * rows for texts, rows in made) == 4 * 7
+    assert gap(found.effects.nan_to_num(0.0), at_once.effects.nan_to_num(0.0)) < 1e-9
+    assert gap(found.effects[:, :-1].nan_to_num(0.0), expected[:, :-1].nan_to_num(0.0)) < 1e-6
+
+
+@torch.no_grad()
+def test_a_hook_on_the_logits_sees_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that tells rows apart gives each row what it would give it in a run of the whole text."""
+    monkeypatch.setattr(unembedding, "ENTRIES", 1)
+    model, text = families.build("Llama", torch.float64), families.tokens(61, batch=1)
+
+    def steer(logits: Tensor, hook: Any) -> Tensor:
+        logits[:, 40:47, 3] += 5
+        return logits
+
+    with model.hooks(fwd_hooks=[("unembed.hook_out", steer)]):
+        found = suppression(model, text, SPANS, settings=KL, progress=False)
+        expected = suppressed_by_hand(model, text, [], KL)
+    assert gap(found.effects[:, :-1].nan_to_num(0.0), expected[:, :-1].nan_to_num(0.0)) < 1e-6
+
+
+@torch.no_grad()
+def test_suppression_takes_memory_by_the_text_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unembedding, "ENTRIES", 2**15)
+    length, spans = 512, [(i, i + 64) for i in range(0, 512, 64)]
+    for config in (None, StreamConfig(block_q=16, block_k=16, k=4)):
+        largest = []
+        for d_vocab in (4096, 8192):
+            model = build("gqa", torch.float32, n_ctx=1024, n_layers=1, d_vocab=d_vocab)
+            text = torch.randint(0, d_vocab, (1, length))
+            with LargestTensor() as watch:
+                suppression(model, text, spans, config=config, batch_size=4, progress=False)
+            largest.append(watch.numel)
+        assert largest[0] == largest[1] < length * 4096
 
 
 @torch.no_grad()
@@ -459,7 +541,7 @@ def test_an_own_metric_and_bad_ones() -> None:
 def test_tables_and_plots() -> None:
     model, text = build("gqa"), tokens(61, batch=1)
     _, cache = model.run_with_sparse_cache(text, config=SPARSE)
-    vertical = vertical_scores(cache, SPANS)
+    vertical = vertical_scores(cache, SPANS, settings=AnchorSettings(proximity=2))
     heads = receiver_heads(vertical)
     effects = suppression(model, text, SPANS, config=SPARSE, progress=False)
     assert len(vertical.to_dataframe()) == 3 * 4 * 7

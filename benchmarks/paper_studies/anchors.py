@@ -29,13 +29,13 @@ from paper_studies.traces import Trace
 from tl_stream import StreamConfig
 from tl_stream.analysis import PAPER, AnchorSettings, VerticalScores, receiver_heads, suppression, vertical_scores
 from tl_stream.analysis.needle_store import as_json
-from tl_stream.analysis.suppression import MAX_LOGITS
 from tl_stream.budget import Sqrt
 from tl_stream.cache import is_pattern
 from tl_stream.fidelity.runs import dense_config
 
 OURS = StreamConfig(block_q=1, block_k=1, k=Sqrt(1.0))
 FIDELITY_ROWS = 256
+BEGINNING = 120  # characters of a trace that its row shows
 SPEAKS_OF = {"sparse": "the sparse model", "exact": "the real model, recorded entries"}
 Rows = list[dict[str, Any]]
 
@@ -64,7 +64,7 @@ class TraceSettings:
 
 
 def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings, finished: Finished) -> dict[str, Rows]:
-    """Rows of its tables: "fidelity", "receivers", "suppression".
+    """Rows of its tables: "traces", "fidelity", "receivers", "suppression".
 
     Args:
         model: A bridge with its tokenizer.
@@ -94,9 +94,24 @@ def anchors_study(model: Any, traces: list[Trace], settings: TraceSettings, fini
     }
     first = {**about, "sources": settings.sources}
     return {
+        "traces": [trace_row(trace) for trace in traces],
         "fidelity": rows,
         "receivers": finished.once("receivers", about, partial(receivers, model, traces, by_trace, settings.scoring)),
         "suppression": finished.once("suppression", first, partial(suppressions, model, traces[0], by_trace[0], settings)),
+    }
+
+
+def trace_row(trace: Trace) -> dict[str, Any]:
+    """Which text it was, without the text."""
+    first, last = trace.sentences[0], trace.sentences[-1]
+    return {
+        "trace": trace.name,
+        "tokens": trace.tokens.shape[1],
+        "of sentences": last.span.stop - first.span.start,
+        "sentences": len(trace.sentences),
+        "repeated": len(trace.sentences) - len({each.text for each in trace.sentences}),
+        "digest": digest(trace.tokens),
+        "begins": first.text[:BEGINNING],
     }
 
 
@@ -159,7 +174,9 @@ def receivers(model: Any, traces: list[Trace], by_trace: list[dict[str, StreamCo
         kurtosis = receiver_heads(each, settings=scoring).kurtosis
         row = receiver_row(name, each, truth, dense, scoring)
         said = "the real model" if name == "dense" else SPEAKS_OF[runs[name][0].forward]
-        rows.append({**row, "Spearman, kurtosis": spearman(kurtosis, dense.kurtosis), "exact for": said})
+        compared = int((kurtosis.isfinite() & dense.kurtosis.isfinite()).sum())
+        row |= {"Spearman, kurtosis": spearman(kurtosis, dense.kurtosis), "of heads": f"{compared} of {kurtosis.numel()}"}
+        rows.append({**row, "scored sentences": [trace.scored for trace in each], "exact for": said})
     return rows
 
 
@@ -169,24 +186,20 @@ def scores(model: Any, trace: Trace, config: StreamConfig, scoring: AnchorSettin
 
 
 def suppressions(model: Any, trace: Trace, configs: dict[str, StreamConfig], settings: TraceSettings) -> Rows:
-    """The effect of suppressing some sentences, on as much of a trace as its logits' memory allows."""
-    tokens = trace.tokens[:, : MAX_LOGITS // model.cfg.d_vocab]
-    parts = [each for each in trace.sentences if each.span.stop <= tokens.shape[1]]
+    """The effect of suppressing some sentences of a trace."""
+    parts = trace.sentences
     number = min(settings.sources, len(parts) - 1)
     sources = [round(i) for i in torch.linspace(0, len(parts) - 2, number).tolist()]
-    batch_size = max(1, min(4, MAX_LOGITS // (tokens.shape[1] * model.cfg.d_vocab)))
     rows, truth = [], None
     for name, config in {"dense": None, **configs}.items():
         start = time.perf_counter()
-        found = suppression(
-            model, tokens, parts, config=config, sources=sources, batch_size=batch_size, settings=settings.scoring
-        )
+        found = suppression(model, trace.tokens, parts, config=config, sources=sources, batch_size=4, settings=settings.scoring)
         truth = truth or found
         tops = [(found.top_sources(i, 1), truth.top_sources(i, 1)) for i in range(sources[0] + 1, len(parts))]
         rows.append(
             {
                 "run": name,
-                "tokens": tokens.shape[1],
+                "tokens": trace.tokens.shape[1],
                 "suppressed": f"{len(sources)} of {len(parts)}",
                 "pruned": found.pruned,
                 "Spearman, sentence scores": spearman(found.scores, truth.scores),

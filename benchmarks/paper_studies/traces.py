@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paper_studies.loading import InputError, asked, check_context, tokens_of
 from tl_stream.analysis import PAPER, Sentence, paper_split, sentences
+from tl_stream.analysis.receivers import FEWEST
 from tl_stream.hosts.kv_cache import served
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # what DeepSeek recommends for R1's distillates
@@ -51,10 +52,11 @@ class Trace:
         check_context(model, name, tokens.shape[1])
         unended = "<think>" in text and "</think>" not in text
         parts = sentences(text, model.tokenizer, split=paper_split(f"{text}</think>" if unended else text))
-        if len(parts) <= PAPER.proximity + 1:
+        fewest = PAPER.proximity + FEWEST
+        if len(parts) < fewest:
             raise InputError(
                 f"{name} had {len(parts)} sentences between <think> and </think> (or in all, without these); expected at least "
-                f"{PAPER.proximity + 2}, so that some are far enough apart."
+                f"{fewest}, so that the scores of some can be compared."
             )
         return cls(name, text, tokens, parts)
 

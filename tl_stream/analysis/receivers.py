@@ -14,7 +14,7 @@ from typing import Any
 import pandas
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_stream.analysis.segments import Segments
@@ -23,6 +23,7 @@ from tl_stream.analysis.settings import PAPER, AnchorSettings
 from tl_stream.cache import SparseActivationCache
 
 Head = tuple[int, int]
+FEWEST = 4  # values whose kurtosis says something: it is the same for any three, and for any two
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +46,25 @@ class VerticalScores:
 
     @property
     def kurtosis(self) -> Float[Tensor, "layer head_index"]:
-        """Fisher's kurtosis over sentences, biased (0 for a normal law); NaN where all values are equal."""
-        values = self.values[..., ~self.values.isnan().any(0).any(0)]
-        deviation = values - values.mean(-1, keepdim=True)
-        return (deviation**4).mean(-1) / (deviation**2).mean(-1) ** 2 - 3
+        """Fisher's kurtosis over sentences, biased (0 for a normal law); NaN where all values are equal but for rounding.
+
+        Of n values it is at most n - 5 + 1 / (n - 1), where only one isn't like the others; -1.5 of any three, -2 of any two.
+        """
+        values = self.values[..., self._scored]
+        mean = values.mean(-1, keepdim=True)
+        deviation = values - mean
+        variance = (deviation**2).mean(-1)
+        is_constant = variance <= (torch.finfo(values.dtype).resolution * mean[..., 0]) ** 2
+        return ((deviation**4).mean(-1) / variance**2 - 3).masked_fill(is_constant, torch.nan)
+
+    @property
+    def scored(self) -> int:
+        """How many sentences have scores."""
+        return int(self._scored.sum())
+
+    @property
+    def _scored(self) -> Bool[Tensor, " sentence"]:
+        return ~self.values.isnan().any(0).any(0)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row a layer, head and sentence: layer, head, sentence, score."""
@@ -83,7 +99,7 @@ class ReceiverHeads:
 
     Attributes:
         heads: `(layer, head_index)`, the greatest kurtosis first.
-        kurtosis: Mean over traces, by layer and head.
+        kurtosis: Mean over the traces on which it is defined, by layer and head; NaN where it is on none.
         by_trace: Kurtosis on each trace.
         layers: The layers.
         exact_for: What the numbers are exact for.
@@ -173,18 +189,28 @@ def receiver_heads(traces: VerticalScores | Sequence[VerticalScores], *, setting
 
     Args:
         traces: The vertical scores of one trace or of several.
-        settings: `n_heads` is used; where there are fewer heads, all are taken.
+        settings: `n_heads` is used; where fewer heads have a kurtosis, these are taken.
 
     Raises:
-        ValueError: No traces, or traces of different layers, heads or kinds of run.
+        ValueError: No traces, traces of different layers, heads or kinds of run, one with fewer than 4 scored sentences (the
+            kurtosis of any three numbers is the same), or no head whose scores differ from sentence to sentence.
     """
     each = [traces] if isinstance(traces, VerticalScores) else list(traces)
     kinds = {(trace.layers, trace.values.shape[1], trace.exact_for) for trace in each}
     if len(kinds) != 1:
         raise ValueError(f"traces were of {len(kinds)} kinds (layers, heads, what they are exact for); expected one.")
+    least = min(each, key=lambda trace: trace.scored)
+    if least.scored < FEWEST:
+        raise ValueError(
+            f"traces had one with scores of {least.scored} sentences ({len(least.segments)} in all); expected at least "
+            f"{FEWEST}: the kurtosis of fewer numbers is always the same. Take a longer trace, or a smaller proximity."
+        )
     by_trace = torch.stack([trace.kurtosis for trace in each])
     mean = by_trace.nanmean(0)
-    order = mean.flatten().nan_to_num(-torch.inf).argsort(descending=True, stable=True)[: settings.n_heads].tolist()
+    number = min(settings.n_heads, int(mean.isfinite().sum()))
+    if not number:
+        raise ValueError("traces gave every head the same score for all sentences; expected some head that tells them apart.")
+    order = mean.flatten().nan_to_num(-torch.inf).argsort(descending=True, stable=True)[:number].tolist()
     layers = each[0].layers
     heads = tuple((layers[i // mean.shape[1]], i % mean.shape[1]) for i in order)
     return ReceiverHeads(heads, mean, by_trace, layers, each[0].exact_for)

@@ -5,13 +5,13 @@
    layers and heads: distributions q_j. Several sentences are elements of one batch, each with its own columns.
 3. M[i, j] is the mean, over the rows of sentence i, of KL(p || q_j) over the whole vocabulary, or of log(KL + 1e-9).
 
-(Bogdan et al. 2025, arXiv:2506.19143, section 5.) One forward pass a sentence; O(T) memory for each element of a batch.
+(Bogdan et al. 2025, arXiv:2506.19143, section 5.) One forward pass a sentence; O(T) memory for each element of a batch,
+whatever the vocabulary: logits are made, and compared, a few rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +30,12 @@ from tl_stream.cache import SparseActivationCache, is_pattern
 from tl_stream.config import StreamConfig
 from tl_stream.fidelity.runs import dense_config, wide
 from tl_stream.hosts.hooks import to_all_tokens
+from tl_stream.hosts.unembedding import logits_of, runs, without_logits
 from tl_stream.hosts.uninterrupted import Uninterrupted
 from tl_stream.tensors.hidden_keys import hide_keys
 from tl_stream.tracing import run_with_sparse_cache, sparse
 
-MAX_LOGITS = 2**30
 _FLOOR = 1e-9
-_ENTRIES_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,29 +114,27 @@ def suppression(
         sources: Suppress these sentences only (indices); None: all but the last, which nothing follows.
         targets: Measure the effect on these rows instead of on each sentence: spans, as `sentences`. The row that predicts a
             token is the one before it.
-        batch_size: Sentences suppressed in one forward pass. Memory is that of the logits: batch_size x pos x d_vocab.
+        batch_size: Sentences suppressed in one forward pass.
         settings: Temperature and log.
         progress: Show a progress bar.
 
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: A single sentence; sentences that are empty, overlap or lie outside the text; a source that doesn't exist; a
-            batch_size below 1; `forward="exact"`; more than 2^30 logits a batch; NaN in the logits; or as `tl_stream.sparse`.
+            batch_size below 1; `forward="exact"`; NaN in the logits; or as `tl_stream.sparse`.
     """
     tokens = to_all_tokens(model, text) if isinstance(text, str) else text
     segments, chosen = _check(model, tokens, sentences, config, sources, batch_size)
     measured = segments if targets is None else Segments.of(targets, tokens.shape[1])
     tokens = tokens.to(model.cfg.device)
-    base, cache = _read(model, tokens, config, settings)
+    base, cache = _read(model, tokens, config)
     same = replace(config, layout_from=cache) if config is not None else dense_config(StreamConfig())
     effects = torch.full((len(measured), len(segments)), torch.nan, dtype=torch.float64)
-    with ExitStack() as stack:
-        stack.enter_context(sparse(model, same))
-        bar = stack.enter_context(tqdm(total=len(chosen), desc="suppression", unit="sentence", disable=not progress))
+    with tqdm(total=len(chosen), desc="suppression", unit="sentence", disable=not progress) as bar:
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            divergence = _divergence(model, tokens, segments, batch, base, settings)
-            effects[:, batch] = measured.means(divergence).T.cpu()
+            without = _read_without(model, tokens, same, segments, batch)
+            effects[:, batch] = measured.means(_divergence(model, tokens, base, without, settings)).T.cpu()
             bar.update(len(batch))
     later = measured.starts()[:, None] >= segments.starts() + segments.lengths()
     what = "the dense model" if config is None else "the sparse model of these kept blocks"
@@ -145,38 +142,52 @@ def suppression(
 
 
 def _read(
-    model: Any, tokens: Tensor, config: StreamConfig | None, settings: AnchorSettings
-) -> tuple[Float[Tensor, "pos d_vocab"], SparseActivationCache]:
-    """Log-probabilities of the whole text, and what was kept."""
-    logits, cache = run_with_sparse_cache(
-        model,
-        tokens,
-        config=dense_config(StreamConfig()) if config is None else config,
-        names_filter=is_pattern,
-    )
+    model: Any, tokens: Int[Tensor, "1 pos"], config: StreamConfig | None
+) -> tuple[Float[Tensor, "1 pos d_model"], SparseActivationCache]:
+    """What the unembedding is given on the whole text, and what was kept."""
+    with without_logits(model) as given:
+        _, cache = run_with_sparse_cache(
+            model,
+            tokens,
+            config=dense_config(StreamConfig()) if config is None else config,
+            names_filter=is_pattern,
+        )
     assert isinstance(cache, SparseActivationCache)
-    return (wide(logits[0]) / settings.temperature).log_softmax(-1), cache
+    return given[0], cache
 
 
-def _divergence(
-    model: Any, tokens: Tensor, segments: Segments, batch: list[int], base: Tensor, settings: AnchorSettings
-) -> Float[Tensor, "batch pos"]:
-    """KL(p || q_j) of every row, or its log, for each suppressed sentence of a batch."""
+def _read_without(
+    model: Any, tokens: Int[Tensor, "1 pos"], config: StreamConfig, segments: Segments, batch: list[int]
+) -> Float[Tensor, "batch pos d_model"]:
+    """What the unembedding is given with each sentence of a batch suppressed."""
     hidden = torch.zeros(len(batch), tokens.shape[1], dtype=torch.bool, device=tokens.device)
     for i, source in enumerate(batch):
         hidden[i, segments.spans[source].slice] = True
     hide = [(_is_scores, lambda scores, hook: hide_keys(scores, hidden.to(scores.device)))]
-    with Uninterrupted(model.hooks(fwd_hooks=hide)):
-        logits = model(tokens.expand(len(batch), -1))
-    step = max(1, _ENTRIES_AT_ONCE // (len(batch) * logits.shape[-1]))
-    pairs = zip(base.split(step), logits.split(step, 1), strict=True)
-    kl = torch.cat([_kl(p, (wide(part) / settings.temperature).log_softmax(-1)) for p, part in pairs], -1)
+    with sparse(model, config), without_logits(model) as given, Uninterrupted(model.hooks(fwd_hooks=hide)):
+        model(tokens.expand(len(batch), -1))
+    return given[0]
+
+
+def _divergence(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    base: Float[Tensor, "1 pos d_model"],
+    without: Float[Tensor, "batch pos d_model"],
+    settings: AnchorSettings,
+) -> Float[Tensor, "batch pos"]:
+    """KL(p || q_j) of every row, or its log, for each suppressed sentence of a batch."""
+    parts = []
+    for run in runs(model, *without.shape[:2]):
+        logits = (logits_of(model, resid[:, run], tokens.expand(len(resid), -1)) for resid in (base, without))
+        parts.append(_kl(*((wide(x) / settings.temperature).log_softmax(-1) for x in logits)))
+    kl = torch.cat(parts, -1)
     if bool(kl.isnan().any()):
         raise ValueError("The logits hold NaN; expected numbers. Look for NaN in the weights, or in what a hook returns.")
     return (kl + _FLOOR).log() if settings.log else kl
 
 
-def _kl(p: Float[Tensor, "pos d_vocab"], q: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch pos"]:
+def _kl(p: Float[Tensor, "1 pos d_vocab"], q: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch pos"]:
     """KL of log-probabilities, in float64: where p is 0 nothing is added."""
     terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
     return terms.sum(-1, dtype=torch.float64).clamp(min=0.0)
@@ -195,11 +206,6 @@ def _check(
     if config is not None and config.forward == "exact":
         raise ValueError("config had forward='exact', which leaves the model dense; for the dense model pass config=None.")
     check_count("batch_size", batch_size)
-    if batch_size * tokens.shape[1] * model.cfg.d_vocab > MAX_LOGITS:
-        raise ValueError(
-            f"batch_size was {batch_size}, which makes {batch_size} x {tokens.shape[1]} x {model.cfg.d_vocab} logits; expected "
-            f"at most {MAX_LOGITS:,}. Take a smaller batch_size or a shorter text."
-        )
     segments = Segments.of(sentences, tokens.shape[1])
     if len(segments) < 2:
         raise ValueError("sentences were 1; expected at least 2: the effect is that of a sentence on later ones.")

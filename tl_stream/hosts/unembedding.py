@@ -23,7 +23,7 @@ ENTRIES = 2**23
 
 
 def without_logits(model: Any) -> Uninterrupted[list[Tensor]]:
-    """Within this context a run unembeds its last position only.
+    """Within this context a run unembeds its last position only; all where a hook on the unembedding may tell them apart.
 
     Yields:
         What each run's unembedding was given, `[batch, pos, d_model]`.
@@ -37,7 +37,7 @@ def _without_logits(model: Any) -> Iterator[list[Tensor]]:
 
     def note(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         given.append(args[0])
-        return (args[0][:, -1:], *args[1:])
+        return args if _is_hooked(model) else (args[0][:, -1:], *args[1:])
 
     handle = model.unembed.register_forward_pre_hook(note)
     try:
@@ -62,9 +62,13 @@ def logits_of(
 
 def runs(model: Any, batch: int, positions: int) -> list[slice]:
     """Runs of positions with about `ENTRIES` logits; one run of all where a hook on the unembedding may tell them apart."""
-    hooked = any(isinstance(x, HookPoint) and x._forward_hooks for x in model.unembed.modules())
-    step = positions if hooked else max(1, ENTRIES // (batch * model.cfg.d_vocab))
+    step = positions if _is_hooked(model) else max(1, ENTRIES // (batch * model.cfg.d_vocab))
     return [slice(i, min(i + step, positions)) for i in range(0, positions, step)]
+
+
+def _is_hooked(model: Any) -> bool:
+    """Whether a hook point of the unembedding has a hook."""
+    return any(isinstance(x, HookPoint) and x._forward_hooks for x in model.unembed.modules())
 
 
 @contextmanager
