@@ -1,0 +1,322 @@
+"""Is a needle found wherever the dense model finds it? Two real models on RULER's needle tasks, answer by answer.
+
+    PYTHONPATH=benchmarks python -m real.needles FOLDER ROWS [--texts N] [--look]
+
+1. The budget: the smallest with which the sparse model gives the dense model's whole answer (`tl_stream.find_budget`), in
+   texts that none of the figures are from: shorter ones, of other seeds. It grows with the square root of the position from
+   there. The paper's choice of blocks gets as many blocks a row, its first layers dense.
+2. A text in turn of niah_single_1, niah_single_2 and niah_multikey_1 (in the tokenizer's chat template where there is one), at
+   five depths, of lengths in turn. The dense model answers: the same weights in transformers, as that is faster. Where it is
+   right the sparse one generates its answer, too: `tl_stream.analysis.needle_run.run_task`, as `needle_grid` does.
+3. `--look`: where the sparse answer was wrong, whether one with twice the budget is right, and what `tl_stream.recheck` says.
+
+Each text is a row appended to ROWS; an interrupted study goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from paper_studies.configs import Candidate, budget_of, ours, paper
+from paper_studies.needle import ANSWER_ROOM
+from rich.console import Console
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+import tl_stream
+from real.common import append, load, rows
+from tl_stream import StreamConfig
+from tl_stream.analysis.needle_run import NeedleRun, answer_tokens, run_task
+from tl_stream.analysis.needle_store import as_json
+from tl_stream.audit import records
+from tl_stream.models.evaluate import wilson
+from tl_stream.tasks import NeedleTask, in_chat, niah_multikey_1, niah_single_1, niah_single_2
+
+TASKS = (niah_single_1, niah_single_2, niah_multikey_1)
+DEPTHS = 5
+LENGTHS = (2048, 2048, 4096, 2048, 2048, 4096, 2048, 8192)  # in turn: most texts where they take seconds
+PAPER_EVERY, PAPER_FIRST = len(LENGTHS) - 1, 3  # in turn with all lengths: a wrong answer takes three times as long
+SEARCH_TOKENS = 1024
+SEARCH_TEXTS = 4
+SEARCH_SEED = 10_000
+BLOCK = 32
+OURS, PAPER = ours(BLOCK), paper(BLOCK)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model that can be traced, and the same weights in transformers for the dense answers."""
+
+    name: str
+    traced: Any
+    dense: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.traced.tokenizer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="of a model, as save_pretrained writes it")
+    parser.add_argument("rows", type=Path, help="finished cases, JSON lines")
+    parser.add_argument("--texts", type=int, default=80, help="how many (%(default)s)")
+    parser.add_argument("--look", action="store_true", help="look into the wrong answers")
+    options = parser.parse_args()
+    dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
+    pair = Pair(Path(options.folder).name, load(options.folder), dense)
+    study(pair, options.rows, options.texts, options.look)
+    for each in tables(rows(options.rows)):
+        Console(width=140).print(each)
+    return 0
+
+
+def study(pair: Pair, path: Path, texts: int, look: bool = False) -> None:
+    """Add the cases that aren't there yet."""
+    done = {case_of(row): row for row in rows(path)}
+
+    def once(about: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        about = {"model": pair.name, **about}
+        if (case := case_of(about)) not in done:
+            start = time.perf_counter()
+            found = compute()
+            done[case] = {**about, **found, "seconds": round(time.perf_counter() - start, 1), **versions()}
+            append(path, done[case])
+        return done[case]
+
+    step = once({"what": "search"}, partial(searched, pair))["budget"]
+    for number in tqdm(range(texts), file=sys.stderr):
+        task, about = text_of(pair, number)
+        dense = cache(partial(dense_answer, pair, task))
+        if not once({"what": "dense", **about}, partial(dense_row, task, dense))["right"]:
+            continue
+        configs = {OURS.name: OURS.vary(step)}
+        if number % PAPER_EVERY == PAPER_FIRST:
+            configs[PAPER.name] = PAPER.vary(mean_blocks(configs[OURS.name], task.length))
+        for name, config in configs.items():
+            row = once({"what": name, **about}, partial(sparse_row, pair, task, config, dense))
+            if look and not row["right"] and name == OURS.name:
+                once({"what": "look", **about}, partial(looked, pair, task, config))
+
+
+def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["what"], row.get("number")
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "transformer-lens")}
+
+
+def made(pair: Pair, number: int, length: int, seed: int) -> NeedleTask:
+    """A text: all pairs of a task and a depth come in turn."""
+    make: Any = TASKS[number % len(TASKS)]
+    make = in_chat(make) if pair.tokenizer.chat_template else make
+    task: NeedleTask = make(pair.tokenizer, length, depth=number % DEPTHS / (DEPTHS - 1), seed=seed)
+    return task
+
+
+def text_of(pair: Pair, number: int) -> tuple[NeedleTask, dict[str, Any]]:
+    """A text that is judged, and what tells it from others."""
+    length = min(LENGTHS[number % len(LENGTHS)], pair.traced.cfg.n_ctx - ANSWER_ROOM)
+    task = made(pair, number, length, seed=number)
+    about = {"task": TASKS[number % len(TASKS)].__name__, "tokens": length, "depth": task.depth, "seed": number}
+    return task, {"number": number, **about}
+
+
+def searched(pair: Pair) -> dict[str, Any]:
+    """The smallest of `OURS` that gives the dense model's whole answers in texts where these are right."""
+    texts = right_texts(pair)
+    some = [task for task, _ in zip(texts, range(SEARCH_TEXTS), strict=False)]
+    tokens = torch.tensor([pair.tokenizer(task.prompt)["input_ids"] for task in some])
+    digits = len(some[0].references[0])
+    config, most = OURS.vary(1), OURS.most(-(-(SEARCH_TOKENS + digits) // BLOCK))
+    search = tl_stream.find_budget(pair.traced, tokens, digits, config=config, over=OURS.vary, high=most)
+    tried = [[each.budget, each.matched, round(each.pruned, 4)] for each in search.evaluations]
+    best = search.best
+    if best is None or search.config is None:
+        raise RuntimeError(f"no budget up to {most} gives the dense model's answers")  # all blocks do
+    return {
+        "tokens": SEARCH_TOKENS,
+        "texts": len(some),
+        "run": OURS.name,
+        "budget": best.budget,
+        "k": budget_of(search.config),
+        "pruned": best.pruned,
+        "tried": tried,
+        "matched": search.criterion,
+        "config": as_json(search.config),
+    }
+
+
+def right_texts(pair: Pair) -> Iterator[NeedleTask]:
+    """Texts to search with."""
+    number = 0
+    while True:
+        task = made(pair, number, SEARCH_TOKENS, SEARCH_SEED + number)
+        if task.score(dense_answer(pair, task).output) == 1:
+            yield task
+        number += 1
+
+
+def dense_row(task: NeedleTask, dense: Callable[[], NeedleRun]) -> dict[str, Any]:
+    run = dense()
+    return {"answer": run.output, "expected": task.answer, "right": task.score(run.output) == 1}
+
+
+def sparse_row(pair: Pair, task: NeedleTask, config: StreamConfig, dense: Callable[[], NeedleRun]) -> dict[str, Any]:
+    """The sparse model's answer, and what became of the attention that the dense model pays to the needle."""
+    run = run_task(pair.traced, task, config)
+    return {
+        "config": as_json(config),
+        "k": budget_of(config),
+        "answer": run.output,
+        "right": task.score(run.output) == 1,
+        "pruned": run.pruned,
+        "pruned of causal": pruned_of_causal(run.pruned, pair.dense.config, task.length),
+        "needle attention kept": run.retained(dense()),
+    }
+
+
+@torch.inference_mode()
+def dense_answer(pair: Pair, task: NeedleTask) -> NeedleRun:
+    """Greedy, in as many tokens as the right one has; attention of the rows that decide its digits."""
+    ids = torch.tensor([pair.tokenizer(task.prompt)["input_ids"]])
+    positions = torch.cat([torch.arange(span.start, span.stop) for span in task.needles])
+    pair.dense.set_attn_implementation("sdpa")
+    before = pair.dense(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    pair.dense.set_attn_implementation("eager")  # which gives attention; of one row it costs nothing
+    tokens: list[int] = []
+    attention: list[Tensor] = []
+    last = ids[:, -1:]
+    for _ in range(answer_tokens(pair.tokenizer, task)):
+        out = pair.dense(last, past_key_values=before, use_cache=True, output_attentions=True)
+        last = out.logits[:, -1].argmax(-1, keepdim=True)
+        if any(character.isdigit() for character in pair.tokenizer.decode(last[0])):
+            length = ids.shape[1] + len(tokens)
+            attention.append(torch.stack([on_needle(x[0, :, 0], positions, length) for x in out.attentions]))
+        tokens.append(int(last))
+    rows_of_digits = torch.stack(attention, 1) if attention else torch.zeros(0, 0, 0, 0)
+    output = pair.tokenizer.decode(tokens, skip_special_tokens=True)
+    return NeedleRun(output, rows_of_digits, torch.ones_like(rows_of_digits, dtype=torch.bool), 0.0)
+
+
+def on_needle(row: Tensor, positions: Tensor, length: int) -> Tensor:
+    """A row's probabilities `[head, needle_pos]`; zero before the keys that a window's cache still holds."""
+    keys = positions - (length - row.shape[-1])
+    return torch.where(keys >= 0, row[:, keys.clamp(min=0)], 0.0)
+
+
+def pruned_of_causal(pruned: float, config: Any, tokens: int) -> float:
+    """Share dropped of all causal pairs, those beyond sliding windows among them, from the share of those that masks allow."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    windows = [config.sliding_window if kind == "sliding_attention" else tokens for kind in kinds]
+    allowed = fmean(sum(min(row + 1, window) for row in range(tokens)) for window in windows)
+    return 1 - (1 - pruned) * allowed / (tokens * (tokens + 1) / 2)
+
+
+def mean_blocks(config: StreamConfig, tokens: int) -> int:
+    """The constant k that keeps as many blocks as a budget by position does, over the rows of a text."""
+    blocks = range(1, -(-tokens // config.block_k) + 1)
+    return max(1, round(fmean(config.budget.blocks(readable) for readable in blocks)))
+
+
+def looked(pair: Pair, task: NeedleTask, config: StreamConfig) -> dict[str, Any]:
+    """A wrong answer: would twice the budget do, and does a recheck of the run that gave it doubt it?"""
+    twice = run_task(pair.traced, task, replace(config, k=config.budget.doubled()))
+    output = run_task(pair.traced, task, config).output
+    prompt = pair.tokenizer(task.prompt)["input_ids"]
+    text = torch.tensor([pair.tokenizer(task.prompt + output)["input_ids"]])
+    said = text.shape[1] - len(prompt)
+    with torch.inference_mode():
+        _, run = pair.traced.run_with_sparse_cache(text, config=config, logits_to_keep=said + 1)
+        audit = tl_stream.recheck(pair.traced, text, run, rows=said + 1, sample=0)
+    return {
+        "answer": output,
+        "expected": task.answer,
+        "twice the budget": twice.output,
+        "twice is right": task.score(twice.output) == 1,
+        "pruned, twice": twice.pruned,
+        "chance of another answer": audit.answers[0].flip_chance,
+        "doubted": not audit.answers[0].trusted,
+    }
+
+
+def tables(cases: list[dict[str, Any]]) -> list[Any]:
+    """All of them, as report.py shows them."""
+    return [table(cases), by_task(cases), searches(cases), failures(cases)]
+
+
+def table(cases: list[dict[str, Any]]) -> Any:
+    """How often the sparse answer is right where the dense one is, by model, run and length, and over all."""
+    lines = []
+    for candidate in (OURS, PAPER):
+        own = [row for row in cases if row["what"] == candidate.name]
+        groups = [(row["model"], row["tokens"]) for row in own]
+        lines += [
+            line(candidate, model, str(tokens), [row for row in own if (row["model"], row["tokens"]) == (model, tokens)])
+            for model, tokens in sorted(set(groups))
+        ]
+        for model in sorted({row["model"] for row in own}):
+            lines.append(line(candidate, model, "all", [row for row in own if row["model"] == model]))
+        if own:
+            lines.append(line(candidate, "all", "all", own))
+    title = "Needles: right answers of the sparse model where the dense model is right"
+    header = ("run", "model", "tokens", "texts", "right", "share", "95 %", "pruned", "of all causal", "needle attention kept")
+    return records.table(title, header, lines)
+
+
+def line(candidate: Candidate, model: str, tokens: str, own: list[dict[str, Any]]) -> tuple[Any, ...]:
+    right = sum(row["right"] for row in own)
+    low, high = wilson(right / len(own), len(own))
+    means = [fmean(row[name] for row in own) for name in ("pruned", "pruned of causal", "needle attention kept")]
+    return (candidate.name, model, tokens, len(own), right, right / len(own), f"{low:.3f} to {high:.3f}", *means)
+
+
+def by_task(cases: list[dict[str, Any]]) -> Any:
+    """How often the dense model is right, and the sparse one where that is."""
+    dense = [row for row in cases if row["what"] == "dense"]
+    lines = []
+    for model, task in sorted({(row["model"], row["task"]) for row in dense}):
+        texts = [row for row in dense if (row["model"], row["task"]) == (model, task)]
+        own = [row for row in cases if row["what"] == OURS.name and (row["model"], row["task"]) == (model, task)]
+        sparse = f"{sum(row['right'] for row in own)} of {len(own)}"
+        lines.append((model, task, f"{sum(row['right'] for row in texts)} of {len(texts)}", sparse))
+    return records.table("By task", ("model", "task", "dense right", f"then {OURS.name} right"), lines)
+
+
+def searches(cases: list[dict[str, Any]]) -> Any:
+    """The budgets, found on other texts."""
+    own = [row for row in cases if row["what"] == "search"]
+    lines = [(row["model"], row["k"], row["texts"], row["tokens"], row["pruned"], row["matched"]) for row in own]
+    return records.table("Budgets found", ("model", "k", "texts", "tokens", "pruned", "criterion"), lines)
+
+
+def failures(cases: list[dict[str, Any]]) -> Any:
+    """The wrong answers of the sparse model where the dense one is right, looked into."""
+    kept = {(row["model"], row["number"]): row["needle attention kept"] for row in cases if row["what"] == OURS.name}
+    lines = [
+        (
+            *(row[name] for name in ("model", "task", "tokens", "depth", "expected", "answer", "twice the budget")),
+            kept[row["model"], row["number"]],
+            row["chance of another answer"],
+        )
+        for row in cases
+        if row["what"] == "look"
+    ]
+    header = ("model", "task", "tokens", "depth", "expected", "answer", "twice the budget", "needle kept", "recheck's chance")
+    return records.table("Wrong answers", header, lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
