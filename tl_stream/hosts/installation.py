@@ -27,6 +27,7 @@ from tl_stream.hosts.arguments import without_right_padding
 from tl_stream.hosts.hooks import to_all_tokens
 from tl_stream.hosts.overrides import Overrides
 from tl_stream.hosts.uninterrupted import Uninterrupted
+from tl_stream.pairs import Pairs
 from tl_stream.tensors.products import Origin
 
 
@@ -39,6 +40,7 @@ class Trace:
         dense_layers: The layers that it leaves dense.
         logits_to_keep: How many positions are unembedded, counted from the last; None: all.
         fallbacks: How often an operation unknown to the sparse tensors was made dense, by its name.
+        pairs: Token pairs that all runs so far kept, steps of generation among them: `pairs.pruned`, `pairs.pruned_causal`.
         earlier: What runs that read a KV cache have to know of those before them.
         rerun_cache: What `generate(return_cache=True)` returns of its last run, by the trace, that run's output and its cache.
     """
@@ -47,6 +49,7 @@ class Trace:
     dense_layers: frozenset[int] = frozenset()
     logits_to_keep: int | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
+    pairs: Pairs = field(default_factory=Pairs)
     earlier: Earlier = field(default_factory=Earlier)
     rerun_cache: Callable[[Trace, Any, Any], Any] = field(default=lambda trace, output, cache: cache, repr=False)
 
@@ -101,7 +104,8 @@ class Installation:
         """Where the sparse tensors of a layer come from, in a run that is traced."""
         trace = self.trace()
         assert trace is not None
-        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks, self.real, trace.earlier)
+        is_dense = layer in trace.dense_layers
+        return Origin(trace.config, layer, is_dense, trace.fallbacks, self.real, trace.earlier, trace.pairs)
 
     def install(self, host: ModuleType, layers: list[Module]) -> None:
         """Replace what every host replaces, and what this one does."""
