@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from transformer_lens.utilities import Slice
 
 from tl_stream.audit import Audit, NextTokens, audit
 from tl_stream.config import StreamConfig
+from tl_stream.hosts.forecast import new_bytes, parts
 from tl_stream.layout import BlockLayout
 from tl_stream.pairs import Pairs
 from tl_stream.tensors.block_sparse import BlockSparseTensor
@@ -26,7 +26,6 @@ from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.joined_layout import JoinedLayout
 from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
-from tl_stream.tensors.wrapper import SparseTensor
 
 _FORMAT = "tl_stream.SparseActivationCache/3"
 
@@ -198,7 +197,7 @@ class SparseActivationCache(ActivationCache):
     def memory(self) -> dict[str, int]:
         """Bytes that each activation keeps alive; memory that several share is counted at the first of them."""
         seen: set[int] = set()
-        return {name: sum(_new_bytes(part, seen) for part in _parts(tensor)) for name, tensor in self.cache_dict.items()}
+        return {name: sum(new_bytes(part, seen) for part in parts(tensor)) for name, tensor in self.cache_dict.items()}
 
     @property
     def nbytes(self) -> int:
@@ -299,17 +298,3 @@ def _kind(window: int | None, layouts: list[BlockLayout | JoinedLayout]) -> str:
     number = f"{len(layouts)} {'full layer' if window is None else 'layer'}{'s' if len(layouts) > 1 else ''}"
     kind = "" if window is None else f" with a window of {window:,}"
     return f"{number}{kind}: {Pairs.of(layouts).pruned:.4f}"
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that hold the memory of an activation."""
-    return tensor.stored_tensors() if isinstance(tensor, SparseTensor) else [tensor]
-
-
-def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
-    with torch._C.DisableTorchFunctionSubclass():
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen:
-            return 0
-        seen.add(storage.data_ptr())
-        return storage.nbytes()

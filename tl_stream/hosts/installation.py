@@ -24,6 +24,7 @@ from torch.nn import Module
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import Earlier
 from tl_stream.hosts.arguments import without_right_padding
+from tl_stream.hosts.forecast import foretold
 from tl_stream.hosts.hooks import to_all_tokens
 from tl_stream.hosts.overrides import Overrides
 from tl_stream.hosts.uninterrupted import Uninterrupted
@@ -113,6 +114,7 @@ class Installation:
             self.overrides.put(_INSTALLED, attn, self)
         self.overrides.method(self.model, "to_tokens", lambda _, *args, **kwargs: to_all_tokens(self.model, *args, **kwargs))
         self.overrides.method(self.model, "hooks", lambda hooks, *args, **kwargs: Uninterrupted(hooks(*args, **kwargs)))
+        self.overrides.method(self.model, "run_with_cache", self._run_with_cache)
         self.overrides.method(self.model, "generate", self._generate)
         self.overrides.entry(self.model.unembed, self._last_positions)
         host.install(self.model, self)
@@ -120,6 +122,12 @@ class Installation:
     def note_tokens(self, tokens: Any) -> None:
         """Find the padding of a run that was given no attention mask."""
         self.real = without_right_padding(self.model, tokens)
+
+    def _run_with_cache(self, run_with_cache: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which warns where the cache will be large."""
+        trace = self.trace()
+        with foretold(self.model, None if trace is None else trace.logits_to_keep, kwargs):
+            return run_with_cache(*args, **kwargs)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the model generates; where it returns the cache of a run of all that (`return_cache=True`), the trace's own."""
