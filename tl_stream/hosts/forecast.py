@@ -61,7 +61,7 @@ def foretold(model: Any, logits_to_keep: int | None, arguments: dict[str, Any]) 
     """
     names = list(filter(_as_function(arguments.get("names_filter")), model.hook_dict))
     forecast = _Forecast(model, logits_to_keep, arguments, names, Counter(map(_layer, names)))
-    first = min(forecast.by_layer.keys() - {None}, default=-1)
+    first = min((layer for layer in forecast.by_layer if layer is not None), default=-1)
     if first + 1 not in forecast.by_layer or model in _said:  # the only layer tells too late
         yield
         return
