@@ -54,7 +54,7 @@ def of_cache(cache: Any) -> dict[int, Tensor]:
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @torch.no_grad()
 def test_a_cache_counts_pairs_of_windows_and_all_causal_ones(padded: bool, config: StreamConfig, grouped: bool) -> None:
-    model = build("local", **({"n_key_value_heads": 2} if grouped else {}))
+    model = build("local", n_key_value_heads=2) if grouped else build("local")
     text = tokens()
     real = torch.ones_like(text, dtype=torch.bool)
     real[1, :11] = not padded

@@ -82,7 +82,7 @@ def test_dear_runs_say_so_once_for_a_model_and_blocks(monkeypatch: pytest.Monkey
     def run(config: StreamConfig = FINE, n: int = LEAST_TOKENS) -> None:
         model.run_with_sparse_cache(text[:, :n], config=config, names_filter=lambda name: False)
 
-    (message,) = said(monkeypatch, lambda: (run(), run()))
+    (message,) = said(monkeypatch, lambda: list(map(run, [FINE, FINE])))
     assert message.startswith("StreamConfig(block_q=1, block_k=1, k=32) makes this run of 1,024 tokens take about ")
     assert "block_q=32, block_k=8" in message
     assert not said(monkeypatch, lambda: run(replace(FINE, k=16)), fresh=False)
