@@ -2,9 +2,9 @@
 
 The estimate counts, layer by layer, what is multiplied and copied, in nanoseconds of one CPU thread. Its constants are fitted
 to one layer's attention, of the shapes of SmolLM2-135M (heads of 64) and Gemma 3 270M (heads of 256), 1,024 to 4,096 tokens,
-blocks of 1 x 1 to 32 x 32, on an AMD EPYC; `benchmarks/real/price.py` measures whole runs. What counts is the order of
-magnitude: blocks of single tokens take longer than dense attention on a text of a thousand tokens. Accelerators were not
-measured, and nothing is said there.
+blocks of 1 x 1 to 32 x 32, on an AMD EPYC (`benchmarks/attention_price.py`; whole runs: `benchmarks/real/price.py`). What
+counts is the order of magnitude: blocks of single tokens take longer than dense attention on a text of a thousand tokens.
+Accelerators were not measured, and nothing is said there.
 """
 
 from __future__ import annotations
