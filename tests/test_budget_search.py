@@ -170,7 +170,7 @@ class Scripted:
             def evaluate(self, budget: int, config: StreamConfig) -> Evaluation:
                 assert config.k == budget
                 script.tried.append(budget)
-                return Evaluation(budget, 1 - budget / 100, budget in good, value=float(budget))
+                return Evaluation(budget, 1 - budget / 100, 1 - budget / 100, budget in good, value=float(budget))
 
         monkeypatch.setattr(budget_search, "_criterion", lambda *args: Criterion())
 

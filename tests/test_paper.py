@@ -110,7 +110,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def search(self: Candidate, model: Any, tokens: Any) -> Any:
         begun.append(self.name)
-        evaluation = Evaluation(2, 0.5, matched=True)
+        evaluation = Evaluation(2, 0.5, 0.5, matched=True)
         return BudgetSearch(self.vary(2), (evaluation,), "the same tokens", "budget")
 
     monkeypatch.setattr(Candidate, "search", search)

@@ -8,8 +8,8 @@ from pathlib import Path
 import tl_stream
 
 ORDER = [
-    "budget", "config", "precision", "masking", "score_mod", "layout", "estimator", "attention", "tensors", "audit", "hosts",
-    "cache", "tracing", "recheck", "fidelity", "tasks", "analysis", "viz", "models", "demo", "cli",
+    "budget", "config", "precision", "masking", "score_mod", "layout", "pairs", "estimator", "attention", "tensors", "audit",
+    "hosts", "cache", "tracing", "recheck", "fidelity", "tasks", "analysis", "viz", "models", "demo", "cli",
 ]  # fmt: skip
 ROOT = Path(tl_stream.__file__).parent
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,13 +18,14 @@ from transformer_lens.utilities import Slice
 
 from tl_stream.audit import Audit, NextTokens, audit
 from tl_stream.config import StreamConfig
+from tl_stream.hosts.forecast import new_bytes, parts
 from tl_stream.layout import BlockLayout
+from tl_stream.pairs import Pairs
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.joined_layout import JoinedLayout
 from tl_stream.tensors.retained import exact_rows
 from tl_stream.tensors.storage import Packer, Unpacker
-from tl_stream.tensors.wrapper import SparseTensor
 
 _FORMAT = "tl_stream.SparseActivationCache/3"
 
@@ -108,16 +108,42 @@ class SparseActivationCache(ActivationCache):
     def pruned(self) -> float:
         """1 - kept token pairs / allowed token pairs, over all cached patterns (dense layers included).
 
-        Under `forward="exact"` the model read all pairs; this is the share that was not recorded.
+        Allowed is what the model's own masks allow: in layers with a sliding window, its pairs alone. `pruned_causal` is the
+        share of all causal pairs. Under `forward="exact"` the model read all pairs; this is the share that was not recorded.
 
         Raises:
             ValueError: No pattern is in the cache.
         """
+        return self._pairs().pruned
+
+    @property
+    def pruned_causal(self) -> float:
+        """1 - kept token pairs / all causal token pairs, over all cached patterns: what windows hide counts as pruned, too.
+
+        Without sliding windows the same as `pruned`.
+
+        Raises:
+            ValueError: No pattern is in the cache.
+        """
+        return self._pairs().pruned_causal
+
+    def _pairs(self) -> Pairs:
         layouts = [pattern.block_layout for pattern in self.patterns.values()]
         if not layouts:
             raise ValueError("The cache holds no pattern; expected hook_pattern among names_filter.")
-        pairs = sum(layout.n_pairs for layout in layouts)
-        return 1.0 - sum(layout.n_kept_pairs for layout in layouts) / pairs if pairs else 0.0
+        return Pairs.of(layouts)
+
+    def _pruned_by_kind(self) -> str:
+        """What was pruned, in words; where some layers have a window, of which pairs, and by the layers' kind."""
+        kinds: dict[int | None, list[BlockLayout | JoinedLayout]] = {}
+        for pattern in self.patterns.values():
+            kinds.setdefault(pattern.block_layout.mask.window, []).append(pattern.block_layout)
+        pairs = self._pairs()
+        text = f"pruned={pairs.pruned:.4f}"
+        if pairs.pruned == pairs.pruned_causal:
+            return text
+        found = ", ".join(_kind(window, layouts) for window, layouts in kinds.items())
+        return f"{text} of the pairs within windows, {pairs.pruned_causal:.4f} of all causal ones ({found})"
 
     def exact_rows(self, layer: int, rows: Sequence[int]) -> Float[Tensor, "*batch_and_head row key_pos"]:
         """Rows of the full softmax of this run's own q and k: what the pattern would have been with nothing pruned.
@@ -171,7 +197,7 @@ class SparseActivationCache(ActivationCache):
     def memory(self) -> dict[str, int]:
         """Bytes that each activation keeps alive; memory that several share is counted at the first of them."""
         seen: set[int] = set()
-        return {name: sum(_new_bytes(part, seen) for part in _parts(tensor)) for name, tensor in self.cache_dict.items()}
+        return {name: sum(new_bytes(part, seen) for part in parts(tensor)) for name, tensor in self.cache_dict.items()}
 
     @property
     def nbytes(self) -> int:
@@ -261,21 +287,14 @@ class SparseActivationCache(ActivationCache):
         )
 
     def __repr__(self) -> str:
-        pruned = f", pruned={self.pruned:.4f}" if self.patterns else ""
+        pruned = f", {self._pruned_by_kind()}" if self.patterns else ""
         forward = f", forward={self.config.forward!r}"
         of = "" if self.of is None else f"; of {self.of}"
         return f"SparseActivationCache({len(self.cache_dict)} activations, {self.nbytes:,} bytes{pruned}{forward}{of})"
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that hold the memory of an activation."""
-    return tensor.stored_tensors() if isinstance(tensor, SparseTensor) else [tensor]
-
-
-def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
-    with torch._C.DisableTorchFunctionSubclass():
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen:
-            return 0
-        seen.add(storage.data_ptr())
-        return storage.nbytes()
+def _kind(window: int | None, layouts: list[BlockLayout | JoinedLayout]) -> str:
+    """How many layers of one kind, and what was pruned of the pairs that they may read."""
+    number = f"{len(layouts)} {'full layer' if window is None else 'layer'}{'s' if len(layouts) > 1 else ''}"
+    kind = "" if window is None else f" with a window of {window:,}"
+    return f"{number}{kind}: {Pairs.of(layouts).pruned:.4f}"

@@ -73,6 +73,13 @@ class AttentionMask:
         return self.stop.shape[0]
 
     @property
+    def window(self) -> int | None:
+        """The most keys that a query may read, where some query may not read from the first key on; None: all may."""
+        if self.start is None or not bool((self.start > 0).any()):
+            return None
+        return int((self.stop - self.start).max())
+
+    @property
     def device(self) -> torch.device:
         """Where the index tensors live."""
         return self.stop.device

@@ -145,7 +145,8 @@ def answer_mass(model: Any, tokens: Tensor, config: StreamConfig) -> float:
 def accuracies(cells: pandas.DataFrame) -> Rows:
     """Means over the depths of one length, the dense model's first; every cell stands beside them."""
     parts = dict(list(cells.groupby("budget", sort=False)))
-    dense = next(iter(parts.values())).assign(accuracy_sparse=lambda x: x.accuracy_dense, pruned=0.0, needle_retained=1.0)
+    first = next(iter(parts.values())).drop(columns="pruned_causal")
+    dense = first.assign(accuracy_sparse=lambda x: x.accuracy_dense, pruned=0.0, needle_retained=1.0)
     return [accuracy_row("dense", dense, "the real model")] + [
         accuracy_row(str(name), part, "the sparse model") for name, part in parts.items()
     ]

@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 from tl_stream.audit import records
 from tl_stream.budget import Budget
 from tl_stream.config import StreamConfig
+from tl_stream.pairs import percent_pruned
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class NeedleCell:
         samples: Number of texts.
         accuracy_dense: Score of the dense model's greedy answers (`Task.score`), wherever they stand in what it generates.
         accuracy_sparse: Score of the sparse model's.
-        pruned: Share of the prompts' token pairs that were dropped, over all layers and heads.
+        pruned: Share of the prompts' token pairs that were dropped, over all layers and heads; of a layer with a sliding
+            window, of its pairs.
+        pruned_causal: The same of all causal pairs: what windows hide counts, too.
         needle_retained: Share that was kept of the dense model's attention to the needle, from the rows that decide the
             answer's tokens, over all layers and heads.
     """
@@ -39,6 +42,7 @@ class NeedleCell:
     accuracy_dense: float
     accuracy_sparse: float
     pruned: float
+    pruned_causal: float
     needle_retained: float
 
 
@@ -91,10 +95,14 @@ class NeedleGrid:
         """Mean pruned share over all cells of a budget."""
         return float(numpy.mean([cell.pruned for cell in self.cells if cell.budget == budget]))
 
+    def pruned_causal(self, budget: str) -> float:
+        """The same of all causal pairs."""
+        return float(numpy.mean([cell.pruned_causal for cell in self.cells if cell.budget == budget]))
+
     def plot(self) -> go.Figure:
         """Heat maps of the accuracy: rows depth, columns length; the dense model's, then one for each budget."""
         names: list[str | None] = [None, *self.budgets]
-        titles = ["dense" if name is None else f"{name}<br>{self.pruned(name):.1%} pruned" for name in names]
+        titles = ["dense" if name is None else f"{name}<br>{self._pruned(name)} pruned" for name in names]
         figure = make_subplots(1, len(names), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.02)
         for column, name in enumerate(names, 1):
             figure.add_trace(self._heatmap(self.accuracy(name)), 1, column)
@@ -111,6 +119,9 @@ class NeedleGrid:
             margin={"t": 120},
         )
         return figure
+
+    def _pruned(self, budget: str) -> str:
+        return percent_pruned(self.pruned(budget), self.pruned_causal(budget))
 
     def _heatmap(self, accuracy: Any) -> go.Heatmap:
         return go.Heatmap(

@@ -30,13 +30,16 @@ class NeedleRun:
         attention: Probability on each token of the needles, in the rows that decide the answer's tokens; in those of all steps
             where no answer is given.
         kept: Whether that token lay in a kept block.
-        pruned: Share of the prompt's token pairs that were dropped, over all layers and heads.
+        pruned: Share of the prompt's token pairs that were dropped, over all layers and heads; of a layer with a sliding
+            window, of its pairs.
+        pruned_causal: The same of all causal pairs.
     """
 
     output: str
     attention: Float[Tensor, "layer step head_index needle_pos"]
     kept: Bool[Tensor, "layer step head_index needle_pos"]
     pruned: float
+    pruned_causal: float
 
     def retained(self, dense: NeedleRun) -> float:
         """Share of the dense model's attention to the needles, over all rows, layers and heads, that is kept here.
@@ -74,7 +77,7 @@ def run_task(model: Any, task: Task, config: StreamConfig) -> NeedleRun:
     attention, kept = (
         torch.stack([torch.stack([rows[step] for step in steps]) for rows in x.values()]) for x in (notes.attention, notes.kept)
     )
-    return NeedleRun(output, attention, kept, pairs.pruned)
+    return NeedleRun(output, attention, kept, pairs.pruned, pairs.pruned_causal)
 
 
 def _answered(tokenizer: Any, task: Task, tokens: list[int]) -> tuple[str, list[int]]:

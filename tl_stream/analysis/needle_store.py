@@ -45,13 +45,14 @@ class CellStore:
             self._append({"format": _FORMAT, "settings": settings})
 
     def find(self, length: int, depth: float, name: str, rule: Rule, tasks: Sequence[Task]) -> NeedleCell | None:
-        """The finished cell, or None.
+        """The finished cell, or None; a cell without one of today's figures isn't one.
 
         Raises:
             ValueError: It was computed with another budget of this name, or on other texts.
         """
         row = self._rows.get((length, depth, name))
-        if row is None:
+        names = [each.name for each in fields(NeedleCell)]
+        if row is None or not row.keys() >= set(names):
             return None
         for what, found, expected in (
             (f"the budget {name!r}", row["rule"], as_json(rule)),
@@ -59,7 +60,7 @@ class CellStore:
         ):
             if found != expected:
                 raise _changed(self.path, what, found, expected)
-        return NeedleCell(**{each.name: row[each.name] for each in fields(NeedleCell)})
+        return NeedleCell(**{name: row[name] for name in names})
 
     def add(self, cell: NeedleCell, rule: Rule, tasks: Sequence[Task]) -> None:
         """Write a finished cell."""

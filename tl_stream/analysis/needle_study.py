@@ -126,7 +126,8 @@ class _Study:
             for name, rule in rules.items():
                 config = rule if isinstance(rule, StreamConfig) else replace(self.config, k=rule)
                 run = run_task(self.model, task, config)
-                rows[name].append((task.score(dense.output), task.score(run.output), run.pruned, run.retained(dense)))
+                scores = task.score(dense.output), task.score(run.output)
+                rows[name].append((*scores, run.pruned, run.pruned_causal, run.retained(dense)))
             bar.update()
         means = {name: [fmean(column) for column in zip(*each, strict=True)] for name, each in rows.items()}
         return {name: NeedleCell(length, depth, name, len(tasks), *values) for name, values in means.items()}

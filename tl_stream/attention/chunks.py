@@ -15,6 +15,7 @@ from tl_stream.layout import BlockLayout
 from tl_stream.masking import NEVER
 
 CHUNK_ENTRIES = 2**20
+COPIED_ENTRIES = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +95,15 @@ class Chunk:
         return x.flatten(2, 3)[:, :, : self.stop - self.start]
 
 
-def chunks(layout: BlockLayout) -> Iterator[Chunk]:
-    """All query rows, in chunks of about `CHUNK_ENTRIES` scores over batch and heads."""
-    yield from (_full_chunks if layout.is_full else _kept_chunks)(layout, CHUNK_ENTRIES)
+def chunks(layout: BlockLayout, width: int) -> Iterator[Chunk]:
+    """All query rows, in chunks of at most about `CHUNK_ENTRIES` scores, and `COPIED_ENTRIES` numbers of the kept keys, over
+    batch and heads: what is copied for a chunk should still be at hand when it is multiplied.
+
+    Args:
+        layout: What is kept.
+        width: Numbers that are copied of each kept key, once a query block.
+    """
+    yield from _full_chunks(layout) if layout.is_full else _kept_chunks(layout, width)
 
 
 def whole(layout: BlockLayout) -> Chunk:
@@ -104,11 +111,11 @@ def whole(layout: BlockLayout) -> Chunk:
     return _kept_chunk(layout, 0, layout.n_q_blocks, layout.n_slots)
 
 
-def _kept_chunks(layout: BlockLayout, entries: int) -> Iterator[Chunk]:
+def _kept_chunks(layout: BlockLayout, width: int) -> Iterator[Chunk]:
     assert layout.kv_num_blocks is not None
     n_kept = layout.kv_num_blocks.amax((0, 1)).tolist()
-    per_block = layout.batch * layout.n_heads * layout.block_q * layout.block_k * max(layout.n_slots, 1)
-    step = max(1, entries // per_block)
+    keys = layout.batch * layout.n_heads * layout.block_k * max(layout.n_slots, 1)
+    step = max(1, min(CHUNK_ENTRIES // (keys * layout.block_q), COPIED_ENTRIES // (keys * width)))
     for first in range(0, layout.n_q_blocks, step):
         last = min(first + step, layout.n_q_blocks)
         yield _kept_chunk(layout, first, last, max(1, *n_kept[first:last]))
@@ -120,9 +127,9 @@ def _kept_chunk(layout: BlockLayout, first: int, last: int, n_slots: int) -> Chu
     return Chunk(first * layout.block_q, stop, layout.block_q, key_blocks, used, n_slots * layout.block_k, layout)
 
 
-def _full_chunks(layout: BlockLayout, entries: int) -> Iterator[Chunk]:
+def _full_chunks(layout: BlockLayout) -> Iterator[Chunk]:
     n_queries, n_keys = layout.seq_lengths
-    step = max(1, entries // (layout.batch * layout.n_heads * n_keys))
+    step = max(1, CHUNK_ENTRIES // (layout.batch * layout.n_heads * n_keys))
     for start in range(0, n_queries, step):
         stop = min(start + step, n_queries)
         seen = int(layout.mask.stop[start:stop].max())

@@ -96,7 +96,7 @@ class _GatherAttention(torch.autograd.Function):
         # In memory [batch, query_pos, head_index, d_v], as the model goes on with it.
         z = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
         lse = q.new_empty(layout.shape[:3], dtype=wide)
-        for chunk in chunks(layout):
+        for chunk in chunks(layout, k.shape[-1] + v.shape[-1]):
             rows = slice(chunk.start, chunk.stop)
             part = _attend(chunk, chunk.cut_queries(q), select_keys(chunk, k), select_keys(chunk, v), sink, ctx)
             z[:, :, rows], lse[:, :, rows] = (chunk.join_queries(x) for x in part)
@@ -109,7 +109,7 @@ class _GatherAttention(torch.autograd.Function):
         q, k, v, sink = ctx.saved_tensors
         keys, values = cut_keys(k, ctx.layout), cut_keys(v, ctx.layout)
         grads = [torch.zeros_like(x, dtype=_wide(x)) for x in (q, keys, values, sink)]
-        for chunk in chunks(ctx.layout):
+        for chunk in chunks(ctx.layout, k.shape[-1] + v.shape[-1]):
             inputs = (chunk.cut_queries(q), select_keys(chunk, keys), select_keys(chunk, values), sink)
             with torch.enable_grad():
                 q_rows, keys_kept, values_kept, logit = leaves = [x.detach().requires_grad_() for x in inputs]

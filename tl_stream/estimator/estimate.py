@@ -27,6 +27,8 @@ from tl_stream.masking import AttentionMask
 from tl_stream.precision import outside_autocast
 from tl_stream.score_mod import ScoreMod
 
+_OF_A_SHARE = 4  # numbers that go with a candidate's share of attention while the best are sought
+_RUNS_IN_REACH = 8
 _TREES = {"stream": by_mean, "hip": by_centre, "box": by_box}
 
 
@@ -109,8 +111,8 @@ def block_shares(
     """
     positions = torch.arange(problem.shape[2] * problem.block_q, device=problem.keys.device).view(-1, problem.block_q)
     for name, first, last in _by_estimator(problem, config):
-        estimate, candidates = _estimator(problem, name, config, limits, sample)
-        for start, stop in problem.runs(candidates * 3 * problem.keys.shape[-1], first, last):
+        estimate, entries, most = _estimator(problem, name, config, limits, sample)
+        for start, stop in problem.runs(entries, first, last, most):
             part, rows = problem.slice(start, stop), slice(start, stop)
             yield part, rows, *_checked(part, *estimate(part, rows, positions[rows]))
 
@@ -131,9 +133,10 @@ def _by_estimator(problem: Problem, config: StreamConfig) -> Iterator[tuple[str 
 
 def _estimator(
     problem: Problem, name: str | Estimator, config: StreamConfig, limits: Limits, sample: Sample | None
-) -> tuple[Callable[[Problem, slice, Tensor], Candidates], int]:
-    """The estimator as a function of some query blocks, and how many candidates a row it scores at most."""
+) -> tuple[Callable[[Problem, slice, Tensor], Candidates], int, int | None]:
+    """The estimator as a function of some query blocks, how many numbers one of these needs, and the most of these in a run."""
     n_blocks, most = problem.keys.shape[2], limits.most
+    of_keys = 3 * problem.keys.shape[-1]  # numbers a candidate whose keys are selected, which copies them
     match name:
         case "dual":
             levels, width = build_levels(problem), config.beam * most
@@ -144,7 +147,7 @@ def _estimator(
                 wanted = None if common is None else common.blocks(part, query_pos, limits.blocks[:, rows])
                 return dual_masses(part, levels, query_pos, beam.rows(rows), wanted, config.leaf_queries, config.compile)
 
-            return dual, min(2 * width, n_blocks)
+            return dual, min(2 * width, n_blocks) * of_keys, None
         case "stream" | "hip" | "box":
             levels, score, beam = build_levels(problem), _TREES[name], limits.beam(1)
             prefixes = None if name == "hip" else own_prefixes(problem)  # a centre key is never one of the future
@@ -152,16 +155,22 @@ def _estimator(
             def tree(part: Problem, rows: slice, query_pos: Tensor) -> Candidates:
                 return tree_masses(part, levels, query_pos, beam.rows(rows), score, prefixes, config.compile)
 
-            return tree, min(2 * most, n_blocks)
+            return tree, min(2 * most, n_blocks) * of_keys, None
         case "exact":
-            return (lambda part, rows, query_pos: exact_masses(part, query_pos)), n_blocks
+            return (lambda part, rows, query_pos: exact_masses(part, query_pos)), n_blocks * _OF_A_SHARE, _short(problem)
         case "window":
-            return (lambda part, rows, query_pos: window_masses(part, most)), most
+            return (lambda part, rows, query_pos: window_masses(part, most)), most * _OF_A_SHARE, None
         case "random":
-            return (lambda part, rows, query_pos: random_masses(part, config.seed or 0)), n_blocks
+            return (lambda part, rows, query_pos: random_masses(part, config.seed or 0)), n_blocks * _OF_A_SHARE, None
         case own:
             assert callable(own)
-            return (lambda part, rows, query_pos: own(part, query_pos)), n_blocks
+            return (lambda part, rows, query_pos: own(part, query_pos)), n_blocks * of_keys, None
+
+
+def _short(problem: Problem) -> int:
+    """Query blocks in a run that scores all keys which any of them may read: few, beside which little is scored in vain."""
+    reach = min(int((problem.last_key - problem.first_key).max()), problem.mask.key_length)
+    return max(1, reach // (_RUNS_IN_REACH * problem.block_q))
 
 
 def _in_common(problem: Problem, number: int, sample: Sample | None) -> Common:

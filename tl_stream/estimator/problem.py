@@ -120,17 +120,19 @@ class Problem(NamedTuple):
         """Whether blocks of so many keys hold one that some query of the query block may read, padding aside."""
         return (blocks * size < self.last_key[:, None]) & ((blocks + 1) * size > self.first_key[:, None])
 
-    def runs(self, entries: int, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
+    def runs(self, entries: int, first: int = 0, last: int | None = None, most: int | None = None) -> list[tuple[int, int]]:
         """Runs `start <= i < stop` of query blocks (of those from `first` to `last`) that need about `CHUNK_ENTRIES` numbers.
 
         Args:
             entries: Numbers that a query block and head need.
             first: First query block.
             last: One past the last one; None: all of them.
+            most: Query blocks in a run, at most; None: any number.
         """
         batch, heads, n_blocks = self.shape
         last = n_blocks if last is None else last
         step = max(1, CHUNK_ENTRIES // (batch * heads * entries))
+        step = step if most is None else min(step, most)
         return [(start, min(start + step, last)) for start in range(first, last, step)]
 
     def slice(self, start: int, stop: int) -> Problem:

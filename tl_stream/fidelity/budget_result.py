@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from tl_stream.config import StreamConfig
+from tl_stream.pairs import percent_pruned
 
 Tokens = tuple[tuple[int, ...], ...]
 
@@ -18,7 +19,9 @@ class Evaluation:
 
     Attributes:
         budget: The number that was tried, of what the search went over (`BudgetSearch.over`).
-        pruned: Share of the prompt's token pairs that were dropped, over all layers and heads.
+        pruned: Share of the prompt's token pairs that were dropped, over all layers and heads; of a layer with a sliding
+            window, of its pairs.
+        pruned_causal: The same of all causal pairs: what windows hide counts, too.
         matched: Whether the criterion was met.
         value: What the metric gave; None where generated tokens were compared.
         tokens: What was generated, by text; None where a metric was computed.
@@ -26,6 +29,7 @@ class Evaluation:
 
     budget: int
     pruned: float
+    pruned_causal: float
     matched: bool
     value: float | None = None
     tokens: Tokens | None = None
@@ -66,8 +70,8 @@ class BudgetSearch:
         table = Table(self.over, "pruned", "met", shows, title=self.criterion, min_width=len(self.criterion) + 2)
         for each in self.evaluations:
             shown = f"{each.value:.4g}" if each.tokens is None else "; ".join(" ".join(map(str, row)) for row in each.tokens)
-            style = "bold" if each is self.best else None
-            table.add_row(str(each.budget), f"{each.pruned:.1%}", "yes" if each.matched else "no", shown, style=style)
+            pruned, style = percent_pruned(each.pruned, each.pruned_causal), "bold" if each is self.best else None
+            table.add_row(str(each.budget), pruned, "yes" if each.matched else "no", shown, style=style)
         found = "no budget met the criterion" if self.best is None else f"smallest that met it: {self.best.budget}"
         table.caption = found if self.is_monotone else f"{found}; larger ones failed: the criterion is not monotone"
         return table

@@ -73,7 +73,7 @@ class SameTokens:
         with sparse(self.model, config, logits_to_keep=1), pairs.counted(self.model):
             rows = greedy_tokens(self.model, self.prompt, steps).tolist()
         tokens = tuple(tuple(row[: len(dense)]) for row, dense in zip(rows, self.dense_tokens, strict=True))
-        return Evaluation(budget, pairs.pruned, tokens == self.dense_tokens, tokens=tokens)
+        return Evaluation(budget, pairs.pruned, pairs.pruned_causal, tokens == self.dense_tokens, tokens=tokens)
 
 
 def _described(tokenizer: Any, answers: Tokens) -> str:
@@ -102,15 +102,15 @@ class SmallMetric:
         Raises:
             ValueError: The metric gave NaN.
         """
-        logits, pruned = self._logits(config)
+        logits, pairs = self._logits(config)
         value = float(self.metric(logits, self.dense))
         if math.isnan(value):
             raise ValueError(
                 f"metric {self.name} gave NaN at a budget of {budget}; expected a number. Look for NaN or inf in the logits."
             )
-        return Evaluation(budget, pruned, value <= self.threshold, value=value)
+        return Evaluation(budget, pairs.pruned, pairs.pruned_causal, value <= self.threshold, value=value)
 
-    def _logits(self, config: StreamConfig) -> tuple[Logits, float]:
+    def _logits(self, config: StreamConfig) -> tuple[Logits, PromptPairs]:
         pairs = PromptPairs()
         with sparse(self.model, config, logits_to_keep=1), pairs.counted(self.model):
-            return self.model(self.prompt), pairs.pruned
+            return self.model(self.prompt), pairs

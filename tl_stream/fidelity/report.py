@@ -65,6 +65,7 @@ def fidelity(
         texts=len(text),
         rows=compared,
         pruned=sparse.cache.pruned,
+        pruned_causal=sparse.cache.pruned_causal,
         heads=heads,
         layers=_layers(dense, sparse, along, counted.bool()),
         output=output,

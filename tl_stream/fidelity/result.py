@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from tl_stream.audit import records
+from tl_stream.pairs import percent_pruned
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class Fidelity:
         tokens: Length of the texts.
         texts: How many there are.
         rows: How many rows of each pattern were compared.
-        pruned: Share of the token pairs that the sparse run dropped, over all layers and heads.
+        pruned: Share of the token pairs that the sparse run dropped, over all layers and heads; of a layer with a sliding
+            window, of its pairs.
+        pruned_causal: The same of all causal pairs: what windows hide counts, too.
         heads: By layer and head.
         layers: By layer.
         output: The logits and the generated text.
@@ -113,6 +116,7 @@ class Fidelity:
     texts: int
     rows: int
     pruned: float
+    pruned_causal: float
     heads: tuple[HeadFidelity, ...]
     layers: tuple[LayerFidelity, ...]
     output: OutputFidelity
@@ -149,7 +153,8 @@ class Fidelity:
              x.entry_recall, x.top_kept, x.top_same, x.pattern_cosine, x.output_cosine)
             for x in self.heads
         ]  # fmt: skip
-        title = f"Heads against the dense model: {self.rows:,} of {self.tokens:,} rows, {self.pruned:.1%} of the pairs pruned"
+        pruned = percent_pruned(self.pruned, self.pruned_causal)
+        title = f"Heads against the dense model: {self.rows:,} of {self.tokens:,} rows, pruned pairs: {pruned}"
         return records.table(title, header, cells)
 
     def _layers_table(self) -> Table:

@@ -26,7 +26,10 @@ def first_hook(overrides: Overrides, point: HookPoint, hook: Callable[[Any, Hook
 
 def stream(scores: Tensor, hook: Any) -> Tensor:
     """The Stream hook. Anything but fresh scores passes: a context inside another one has already chosen."""
-    sparse = scores.to_sparse_scores() if isinstance(scores, AttentionScores) else scores
+    if not isinstance(scores, AttentionScores):
+        return watch_gradient(scores, hook)
+    sparse = scores.to_sparse_scores()
+    sparse.origin.pairs.add(sparse.block_layout)
     return watch_gradient(sparse, hook)
 
 

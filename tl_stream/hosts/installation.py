@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +25,12 @@ from torch.nn import Module
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import Earlier
 from tl_stream.hosts.arguments import without_right_padding
+from tl_stream.hosts.forecast import foretold
 from tl_stream.hosts.hooks import to_all_tokens
 from tl_stream.hosts.overrides import Overrides
+from tl_stream.hosts.price import warn_where_dear
 from tl_stream.hosts.uninterrupted import Uninterrupted
+from tl_stream.pairs import Pairs
 from tl_stream.tensors.products import Origin
 
 
@@ -39,6 +43,7 @@ class Trace:
         dense_layers: The layers that it leaves dense.
         logits_to_keep: How many positions are unembedded, counted from the last; None: all.
         fallbacks: How often an operation unknown to the sparse tensors was made dense, by its name.
+        pairs: Token pairs that all runs so far kept, steps of generation among them: `pairs.pruned`, `pairs.pruned_causal`.
         earlier: What runs that read a KV cache have to know of those before them.
         rerun_cache: What `generate(return_cache=True)` returns of its last run, by the trace, that run's output and its cache.
     """
@@ -47,6 +52,7 @@ class Trace:
     dense_layers: frozenset[int] = frozenset()
     logits_to_keep: int | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
+    pairs: Pairs = field(default_factory=Pairs)
     earlier: Earlier = field(default_factory=Earlier)
     rerun_cache: Callable[[Trace, Any, Any], Any] = field(default=lambda trace, output, cache: cache, repr=False)
 
@@ -101,14 +107,17 @@ class Installation:
         """Where the sparse tensors of a layer come from, in a run that is traced."""
         trace = self.trace()
         assert trace is not None
-        return Origin(trace.config, layer, layer in trace.dense_layers, trace.fallbacks, self.real, trace.earlier)
+        is_dense = layer in trace.dense_layers
+        return Origin(trace.config, layer, is_dense, trace.fallbacks, self.real, trace.earlier, trace.pairs)
 
-    def install(self, host: ModuleType, layers: list[Module]) -> None:
+    def install(self, host: ModuleType, layers: dict[int, Module]) -> None:
         """Replace what every host replaces, and what this one does."""
-        for attn in layers:
+        for attn in layers.values():
             self.overrides.put(_INSTALLED, attn, self)
+        self.overrides.entry(self.model.blocks[0], partial(self._check_price, layers))
         self.overrides.method(self.model, "to_tokens", lambda _, *args, **kwargs: to_all_tokens(self.model, *args, **kwargs))
         self.overrides.method(self.model, "hooks", lambda hooks, *args, **kwargs: Uninterrupted(hooks(*args, **kwargs)))
+        self.overrides.method(self.model, "run_with_cache", self._run_with_cache)
         self.overrides.method(self.model, "generate", self._generate)
         self.overrides.entry(self.model.unembed, self._last_positions)
         host.install(self.model, self)
@@ -116,6 +125,19 @@ class Installation:
     def note_tokens(self, tokens: Any) -> None:
         """Find the padding of a run that was given no attention mask."""
         self.real = without_right_padding(self.model, tokens)
+
+    def _check_price(self, layers: dict[int, Any], args: Any, kwargs: Any) -> Any:
+        """What the first layer is called with, as it is."""
+        trace = self.trace()
+        if trace is not None:
+            warn_where_dear(self.model, layers, trace.config, args[0] if args else kwargs.get("hidden_states"))
+        return args, kwargs
+
+    def _run_with_cache(self, run_with_cache: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which warns where the cache will be large."""
+        trace = self.trace()
+        with foretold(self.model, None if trace is None else trace.logits_to_keep, kwargs):
+            return run_with_cache(*args, **kwargs)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the model generates; where it returns the cache of a run of all that (`return_cache=True`), the trace's own."""
@@ -152,11 +174,11 @@ def opened(model: Any, host: ModuleType, trace: Trace) -> Iterator[Trace]:
         RuntimeError: Another thread traces the model, or another model with the same attention layers is traced.
     """
     number = next(_numbers)
-    layers = list(host.attention_layers(model).values())
+    layers: dict[int, Module] = host.attention_layers(model)
     installation = None
     try:
         with _LOCK:  # a context that is collected may be left in any thread
-            installation = _installation(model, layers)
+            installation = _installation(model, list(layers.values()))
             installation.traces[number] = trace
             if not installation.overrides:
                 installation.install(host, layers)

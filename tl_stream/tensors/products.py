@@ -16,6 +16,7 @@ from tl_stream.attention.gather import block_scores
 from tl_stream.config import StreamConfig
 from tl_stream.estimator import Earlier
 from tl_stream.layout import BlockLayout
+from tl_stream.pairs import Pairs
 from tl_stream.score_mod import FromRow, OnSubset, ScoreMod
 
 _ENTRIES_AT_ONCE = 2**18
@@ -32,6 +33,7 @@ class Origin:
         fallbacks: How often each unknown operation was made dense, over the whole run.
         real: False where a token is padding that no mask tells the model of, `[batch, pos]`; None: there is none.
         earlier: What the run has to know of those before it, whose keys are in a KV cache; None: nothing.
+        pairs: Counts what the run keeps.
     """
 
     config: StreamConfig
@@ -40,6 +42,7 @@ class Origin:
     fallbacks: Counter[str]
     real: Bool[Tensor, "batch pos"] | None = field(default=None, compare=False, repr=False)
     earlier: Earlier | None = field(default=None, compare=False, repr=False)
+    pairs: Pairs = field(default_factory=Pairs, compare=False, repr=False)
 
     @property
     def is_exact(self) -> bool:
