@@ -34,15 +34,6 @@ def test_keys_that_a_window_has_left_behind_get_nothing() -> None:
     torch.testing.assert_close(needles.on_needle(row, torch.tensor([2, 3, 5]), 6), torch.tensor([[0.0, 0.1, 0.7]]))
 
 
-def test_pairs_beyond_a_window_count_as_pruned_of_all_causal_ones() -> None:
-    class Config:
-        layer_types = ("full_attention", "sliding_attention")
-        sliding_window = 2
-
-    assert needles.pruned_of_causal(0.0, Config, 4) == pytest.approx(1 - (10 + 7) / 20)
-    assert needles.pruned_of_causal(0.5, object(), 4) == pytest.approx(0.5)
-
-
 def test_a_study_goes_on_where_it_was(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needles, "LENGTHS", (384,))
     monkeypatch.setattr(needles, "SEARCH_TOKENS", 256)

@@ -183,7 +183,7 @@ def sparse_row(pair: Pair, task: NeedleTask, config: StreamConfig, dense: Callab
         "answer": run.output,
         "right": task.score(run.output) == 1,
         "pruned": run.pruned,
-        "pruned of causal": pruned_of_causal(run.pruned, pair.dense.config, task.length),
+        "pruned of causal": run.pruned_causal,
         "needle attention kept": run.retained(dense()),
     }
 
@@ -208,21 +208,13 @@ def dense_answer(pair: Pair, task: NeedleTask) -> NeedleRun:
         tokens.append(int(last))
     rows_of_digits = torch.stack(attention, 1) if attention else torch.zeros(0, 0, 0, 0)
     output = pair.tokenizer.decode(tokens, skip_special_tokens=True)
-    return NeedleRun(output, rows_of_digits, torch.ones_like(rows_of_digits, dtype=torch.bool), 0.0)
+    return NeedleRun(output, rows_of_digits, torch.ones_like(rows_of_digits, dtype=torch.bool), 0.0, 0.0)
 
 
 def on_needle(row: Tensor, positions: Tensor, length: int) -> Tensor:
     """A row's probabilities `[head, needle_pos]`; zero before the keys that a window's cache still holds."""
     keys = positions - (length - row.shape[-1])
     return torch.where(keys >= 0, row[:, keys.clamp(min=0)], 0.0)
-
-
-def pruned_of_causal(pruned: float, config: Any, tokens: int) -> float:
-    """Share dropped of all causal pairs, those beyond sliding windows among them, from the share of those that masks allow."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    windows = [config.sliding_window if kind == "sliding_attention" else tokens for kind in kinds]
-    allowed = fmean(sum(min(row + 1, window) for row in range(tokens)) for window in windows)
-    return 1 - (1 - pruned) * allowed / (tokens * (tokens + 1) / 2)
 
 
 def mean_blocks(config: StreamConfig, tokens: int) -> int:
