@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def cases(name: str, n: int) -> list[tuple[Any, ...]]:
     for block_q, block_k, number in BLOCKS:
         config = StreamConfig(block_q=block_q, block_k=block_k, k=number)
         layout = estimate_layout(q, k, config, mask=mask)
-        choice = cpu_seconds(lambda config=config: estimate_layout(q, k, config, mask=mask))
-        sparse = cpu_seconds(lambda layout=layout: sparse_attention(q, k, v, layout))
+        choice = cpu_seconds(partial(estimate_layout, q, k, config, mask=mask))
+        sparse = cpu_seconds(partial(sparse_attention, q, k, v, layout))
         blocks = f"{block_q} x {block_k}, k = {number}"
         found.append((name, f"{n:,}", blocks, dense, choice, sparse, (choice + sparse) / dense))
     return found
