@@ -39,13 +39,14 @@ def test_a_study_goes_on_where_it_was(pair: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(needles, "SEARCH_TOKENS", 256)
     monkeypatch.setattr(needles, "SEARCH_TEXTS", 1)
     path = tmp_path / "rows.jsonl"
-    needles.study(pair, path, 1)
+    own = needles.RUNS[32]
+    needles.study(pair, path, own, range(1))
     first = needles.rows(path)
-    needles.study(pair, path, 2)
+    needles.study(pair, path, own, range(2))
     cases = needles.rows(path)
     assert cases[: len(first)] == first
     assert len(cases) > len(first)
-    assert [row["what"] for row in cases[:3]] == ["search", "dense", needles.OURS.name]
+    assert [row["what"] for row in cases[:3]] == ["search", "dense", own.name]
     assert cases[2]["config"]["k"]["scale"] == pytest.approx(0.25 * cases[0]["budget"])
-    assert all(0 < row["pruned"] < 1 for row in cases if row["what"] == needles.OURS.name)
+    assert all(0 < row["pruned"] < 1 for row in cases if row["what"] == own.name)
     assert needles.tables(cases)[0].row_count >= 3  # of the length, the model and all

@@ -62,13 +62,18 @@ def paper(block: int) -> Candidate:
     return Candidate(f"paper, b = {block}", vary, lambda n_blocks: n_blocks)
 
 
-def ours(block: int) -> Candidate:
-    """The package's default choice of blocks, and a budget that grows with the square root of the position."""
+def ours(block: int, block_k: int | None = None) -> Candidate:
+    """The package's default choice of blocks, square ones or others, and a budget by the square root of the position."""
+    keys = block if block_k is None else block_k
 
     def vary(step: int) -> StreamConfig:
-        return StreamConfig(block_q=block, block_k=block, k=Sqrt(SCALE_STEP * step))
+        return StreamConfig(block_q=block, block_k=keys, k=Sqrt(SCALE_STEP * step))
 
-    return Candidate(f"ours, b = {block}", vary, lambda n_blocks: math.ceil(math.sqrt(n_blocks) / SCALE_STEP))
+    return Candidate(
+        f"ours, b = {block}" if keys == block else f"ours, {block} x {keys}",
+        vary,
+        lambda n_blocks: math.ceil(math.sqrt(n_blocks) / SCALE_STEP),
+    )
 
 
 def budget_of(config: StreamConfig | None) -> str:

@@ -1,10 +1,10 @@
 """Is a needle found wherever the dense model finds it? Two real models on RULER's needle tasks, answer by answer.
 
-    PYTHONPATH=benchmarks python -m real.needles FOLDER ROWS [--texts N] [--look]
+    PYTHONPATH=benchmarks python -m real.needles FOLDER ROWS [--block-k N] [--first N] [--texts N] [--no-paper] [--look]
 
 1. The budget: the smallest with which the sparse model gives the dense model's whole answer (`tl_stream.find_budget`), in
    texts that none of the figures are from: shorter ones, of other seeds. It grows with the square root of the position from
-   there. The paper's choice of blocks gets as many blocks a row, its first layers dense.
+   there. The paper's choice of blocks gets as many keys a row, its first layers dense.
 2. A text in turn of niah_single_1, niah_single_2 and niah_multikey_1 (in the tokenizer's chat template where there is one), at
    five depths, of lengths in turn. The dense model answers: the same weights in transformers, as that is faster. Where it is
    right the sparse one generates its answer, too: `tl_stream.analysis.needle_run.run_task`, as `needle_grid` does.
@@ -48,10 +48,11 @@ DEPTHS = 5
 LENGTHS = (2048, 2048, 4096, 2048, 2048, 4096, 2048, 8192)  # in turn: most texts where they take seconds
 PAPER_EVERY, PAPER_FIRST = len(LENGTHS) - 1, 3  # in turn with all lengths: a wrong answer takes three times as long
 SEARCH_TOKENS = 1024
-SEARCH_TEXTS = 4
+SEARCH_TEXTS = 8
 SEARCH_SEED = 10_000
 BLOCK = 32
-OURS, PAPER = ours(BLOCK), paper(BLOCK)
+RUNS = {keys: ours(BLOCK, keys) for keys in (32, 8)}  # by the keys of a block
+PAPER = paper(BLOCK)
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="of a model, as save_pretrained writes it")
     parser.add_argument("rows", type=Path, help="finished cases, JSON lines")
+    parser.add_argument(
+        "--block-k", type=int, choices=RUNS, default=8, help="keys of a block; its queries are 32 (%(default)s)"
+    )
+    parser.add_argument("--first", type=int, default=0, help="number of the first text (%(default)s)")
     parser.add_argument("--texts", type=int, default=80, help="how many (%(default)s)")
+    parser.add_argument("--no-paper", dest="paper", action="store_false", help="leave out the paper's choice of blocks")
     parser.add_argument("--look", action="store_true", help="look into the wrong answers")
     options = parser.parse_args()
     dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     pair = Pair(Path(options.folder).name, load(options.folder), dense)
-    study(pair, options.rows, options.texts, options.look)
+    numbers = range(options.first, options.first + options.texts)
+    study(pair, options.rows, RUNS[options.block_k], numbers, paper=options.paper, look=options.look)
     for each in tables(rows(options.rows)):
         Console(width=140).print(each)
     return 0
 
 
-def study(pair: Pair, path: Path, texts: int, look: bool = False) -> None:
+def study(pair: Pair, path: Path, own: Candidate, numbers: range, *, paper: bool = True, look: bool = False) -> None:
     """Add the cases that aren't there yet."""
     done = {case_of(row): row for row in rows(path)}
 
@@ -95,23 +102,23 @@ def study(pair: Pair, path: Path, texts: int, look: bool = False) -> None:
             append(path, done[case])
         return done[case]
 
-    step = once({"what": "search"}, partial(searched, pair))["budget"]
-    for number in tqdm(range(texts), file=sys.stderr):
+    step = once({"what": "search", "run": own.name}, partial(searched, pair, own))["budget"]
+    for number in tqdm(numbers, file=sys.stderr):
         task, about = text_of(pair, number)
         dense = cache(partial(dense_answer, pair, task))
         if not once({"what": "dense", **about}, partial(dense_row, task, dense))["right"]:
             continue
-        configs = {OURS.name: OURS.vary(step)}
-        if number % PAPER_EVERY == PAPER_FIRST:
-            configs[PAPER.name] = PAPER.vary(mean_blocks(configs[OURS.name], task.length))
+        configs = {own.name: own.vary(step)}
+        if paper and number % PAPER_EVERY == PAPER_FIRST:
+            configs[PAPER.name] = PAPER.vary(mean_blocks(configs[own.name], task.length))
         for name, config in configs.items():
             row = once({"what": name, **about}, partial(sparse_row, pair, task, config, dense))
-            if look and not row["right"] and name == OURS.name:
-                once({"what": "look", **about}, partial(looked, pair, task, config))
+            if look and not row["right"] and name == own.name:
+                once({"what": "look", "run": name, **about}, partial(looked, pair, task, config))
 
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["what"], row.get("number")
+    return row["model"], row["what"], row.get("run"), row.get("number")
 
 
 def versions() -> dict[str, str]:
@@ -134,14 +141,15 @@ def text_of(pair: Pair, number: int) -> tuple[NeedleTask, dict[str, Any]]:
     return task, {"number": number, **about}
 
 
-def searched(pair: Pair) -> dict[str, Any]:
-    """The smallest of `OURS` that gives the dense model's whole answers in texts where these are right."""
+def searched(pair: Pair, own: Candidate) -> dict[str, Any]:
+    """The smallest budget that gives the dense model's whole answers in texts where these are right."""
     texts = right_texts(pair)
     some = [task for task, _ in zip(texts, range(SEARCH_TEXTS), strict=False)]
     tokens = torch.tensor([pair.tokenizer(task.prompt)["input_ids"] for task in some])
     digits = len(some[0].references[0])
-    config, most = OURS.vary(1), OURS.most(-(-(SEARCH_TOKENS + digits) // BLOCK))
-    search = tl_stream.find_budget(pair.traced, tokens, digits, config=config, over=OURS.vary, high=most)
+    config = own.vary(1)
+    most = own.most(-(-(SEARCH_TOKENS + digits) // config.block_k))
+    search = tl_stream.find_budget(pair.traced, tokens, digits, config=config, over=own.vary, high=most)
     tried = [[each.budget, each.matched, round(each.pruned, 4)] for each in search.evaluations]
     best = search.best
     if best is None or search.config is None:
@@ -149,7 +157,6 @@ def searched(pair: Pair) -> dict[str, Any]:
     return {
         "tokens": SEARCH_TOKENS,
         "texts": len(some),
-        "run": OURS.name,
         "budget": best.budget,
         "k": budget_of(search.config),
         "pruned": best.pruned,
@@ -218,9 +225,9 @@ def on_needle(row: Tensor, positions: Tensor, length: int) -> Tensor:
 
 
 def mean_blocks(config: StreamConfig, tokens: int) -> int:
-    """The constant k that keeps as many blocks as a budget by position does, over the rows of a text."""
+    """The constant number of square blocks that hold as many keys as a budget by position does, over the rows of a text."""
     blocks = range(1, -(-tokens // config.block_k) + 1)
-    return max(1, round(fmean(config.budget.blocks(readable) for readable in blocks)))
+    return max(1, round(fmean(config.budget.blocks(readable) for readable in blocks) * config.block_k / BLOCK))
 
 
 def looked(pair: Pair, task: NeedleTask, config: StreamConfig) -> dict[str, Any]:
@@ -252,7 +259,7 @@ def tables(cases: list[dict[str, Any]]) -> list[Any]:
 def table(cases: list[dict[str, Any]]) -> Any:
     """How often the sparse answer is right where the dense one is, by model, run and length, and over all."""
     lines = []
-    for candidate in (OURS, PAPER):
+    for candidate in (*RUNS.values(), PAPER):
         own = [row for row in cases if row["what"] == candidate.name]
         groups = [(row["model"], row["tokens"]) for row in own]
         lines += [
@@ -276,38 +283,41 @@ def line(candidate: Candidate, model: str, tokens: str, own: list[dict[str, Any]
 
 
 def by_task(cases: list[dict[str, Any]]) -> Any:
-    """How often the dense model is right, and the sparse one where that is."""
+    """How often the dense model is right, and the sparse ones where that is."""
     dense = [row for row in cases if row["what"] == "dense"]
     lines = []
     for model, task in sorted({(row["model"], row["task"]) for row in dense}):
-        texts = [row for row in dense if (row["model"], row["task"]) == (model, task)]
-        own = [row for row in cases if row["what"] == OURS.name and (row["model"], row["task"]) == (model, task)]
-        sparse = f"{sum(row['right'] for row in own)} of {len(own)}"
-        lines.append((model, task, f"{sum(row['right'] for row in texts)} of {len(texts)}", sparse))
-    return records.table("By task", ("model", "task", "dense right", f"then {OURS.name} right"), lines)
+        here = [row for row in cases if (row["model"], row.get("task")) == (model, task)]
+        found = [[row["right"] for row in here if row["what"] == what] for what in ("dense", *names_of_runs())]
+        lines.append((model, task, *(f"{sum(each)} of {len(each)}" for each in found)))
+    return records.table("By task", ("model", "task", "dense right", *(f"then {name}" for name in names_of_runs())), lines)
+
+
+def names_of_runs() -> list[str]:
+    return [candidate.name for candidate in RUNS.values()]
 
 
 def searches(cases: list[dict[str, Any]]) -> Any:
     """The budgets, found on other texts."""
-    own = [row for row in cases if row["what"] == "search"]
-    lines = [(row["model"], row["k"], row["texts"], row["tokens"], row["pruned"], row["matched"]) for row in own]
-    return records.table("Budgets found", ("model", "k", "texts", "tokens", "pruned", "criterion"), lines)
+    names = ("model", "run", "k", "texts", "tokens", "pruned", "matched")
+    lines = [[row[name] for name in names] for row in cases if row["what"] == "search"]
+    return records.table("Budgets found", (*names[:-1], "criterion"), lines)
 
 
 def failures(cases: list[dict[str, Any]]) -> Any:
     """The wrong answers of the sparse model where the dense one is right, looked into."""
-    kept = {(row["model"], row["number"]): row["needle attention kept"] for row in cases if row["what"] == OURS.name}
+    kept = {
+        (row["model"], row["what"], row["number"]): row["needle attention kept"]
+        for row in cases
+        if "config" in row and "number" in row
+    }
+    names = ("model", "run", "task", "tokens", "depth", "expected", "answer", "twice the budget")
     lines = [
-        (
-            *(row[name] for name in ("model", "task", "tokens", "depth", "expected", "answer", "twice the budget")),
-            kept[row["model"], row["number"]],
-            row["chance of another answer"],
-        )
+        (*(row[name] for name in names), kept[row["model"], row["run"], row["number"]], row["chance of another answer"])
         for row in cases
         if row["what"] == "look"
     ]
-    header = ("model", "task", "tokens", "depth", "expected", "answer", "twice the budget", "needle kept", "recheck's chance")
-    return records.table("Wrong answers", header, lines)
+    return records.table("Wrong answers", (*names, "needle kept", "recheck's chance"), lines)
 
 
 if __name__ == "__main__":
