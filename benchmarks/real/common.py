@@ -1,7 +1,8 @@
-"""What the studies of real models share: a model from a folder, and finished cases in a file of JSON lines."""
+"""What the studies of real models share: a model from a folder, finished cases in a file of JSON lines, and memory."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,19 @@ def append(path: Path, row: dict[str, Any]) -> None:
         path.write_text(whole, encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def reset_peak() -> int | None:
+    """Let the process's peak memory begin anew (Linux); what it takes now, in bytes."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed, but not given back, would hide what is taken next
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return None
+    return peak()
+
+
+def peak() -> int:
+    """The most memory that the process took since, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

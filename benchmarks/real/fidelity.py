@@ -22,7 +22,6 @@ attention is summed by blocks, and outputs are compared at `POSITIONS` evenly sp
 from __future__ import annotations
 
 import argparse
-import ctypes
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tl_stream
-from real.common import append, load, rows
+from real.common import append, load, peak, reset_peak, rows
 from tl_stream import BlockLayout, StreamConfig, estimate_layout
 from tl_stream.audit import records
 from tl_stream.audit.rows import SoftmaxRows
@@ -220,22 +219,6 @@ def listed(by_layer: dict[int, Tensor]) -> list[float]:
 
 def rounded(x: float | None) -> int | None:
     return None if x is None else round(x)
-
-
-def reset_peak() -> int | None:
-    """Let the process's peak memory begin anew (Linux); what it takes now, in bytes."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed, but not given back, would hide what is taken next
-        Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):
-        return None
-    return peak()
-
-
-def peak() -> int:
-    """The most memory that the process took since, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def versions() -> dict[str, str]:

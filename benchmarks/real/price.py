@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from real.common import append, load, rows
+from real.common import append, load, peak, reset_peak, rows
 from tl_stream.audit import records
 
 TEXT = Path(__file__).parents[1] / "english" / "held_out.txt.gz"
@@ -93,7 +92,7 @@ def measured(folder: str, n: int, what: str) -> dict[str, Any]:
     run(tokens[:, :64])
     before = reset_peak()
     held = run(tokens)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    most = None if before is None else peak() - before
     held_bytes, held = getattr(held, "nbytes", None), None
     seconds: dict[str, list[float]] = {"eager": [], what: []}
     for _ in range(REPEATS.get(n, 1)):
@@ -106,7 +105,7 @@ def measured(folder: str, n: int, what: str) -> dict[str, Any]:
         "seconds eager": dense,
         "ratio": own / dense,
         "all seconds": seconds,
-        "peak bytes": peak,
+        "peak bytes": most,
         "cache bytes": held_bytes,
         "threads": 1,
         "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
@@ -154,12 +153,6 @@ def cpu_seconds(run: Callable[[torch.Tensor], Any], tokens: torch.Tensor) -> flo
     return time.process_time() - start
 
 
-def reset_peak() -> int:
-    """Bytes of the resident set, from which its peak counts from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 @torch.inference_mode()
 def check(folder: str) -> None:
     """Exit where the sparse run is not what it should be."""
@@ -195,7 +188,7 @@ def table(cases: list[dict[str, Any]]) -> Any:
             f"{row['seconds']:.2f}",
             f"{row['seconds eager']:.2f}",
             f"{row['ratio']:.2f}",
-            f"{row['peak bytes'] / 1e6:,.0f} MB",
+            "-" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e6:,.0f} MB",
             None if row["cache bytes"] is None else f"{row['cache bytes'] / 1e6:,.0f} MB",
         )
         for row in cases
