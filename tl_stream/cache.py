@@ -18,14 +18,13 @@ from transformer_lens.utilities import Slice
 
 from tl_stream.audit import Audit, NextTokens, audit
 from tl_stream.config import StreamConfig
-from tl_stream.hosts.forecast import new_bytes, parts
 from tl_stream.layout import BlockLayout
 from tl_stream.pairs import Pairs
 from tl_stream.tensors.block_sparse import BlockSparseTensor
 from tl_stream.tensors.joined import JoinedTensor
 from tl_stream.tensors.joined_layout import JoinedLayout
 from tl_stream.tensors.retained import exact_rows
-from tl_stream.tensors.storage import Packer, Unpacker
+from tl_stream.tensors.storage import Packer, Unpacker, new_bytes, parts
 
 _FORMAT = "tl_stream.SparseActivationCache/3"
 

@@ -4,16 +4,47 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from english.corpus import held_out_text
+from jaxtyping import Int
 from paper_studies import loading
+from torch import Tensor
+
+import tl_stream
 
 
 def load(folder: str) -> Any:
     """A TransformerBridge in float32 on the CPU, with its tokenizer. InputError as `paper_studies.loading.load`."""
     return loading.load(folder, "cpu", torch.float32)
+
+
+def prose(tokenizer: Any, tokens: int) -> Int[Tensor, "1 pos"]:
+    """So many tokens of held-out English. ValueError: it has fewer."""
+    found = tokenizer(held_out_text()[: 12 * tokens])["input_ids"][:tokens]
+    if len(found) < tokens:
+        raise ValueError(f"tokens was {tokens}; expected at most the {len(found)} of the held-out text.")
+    return torch.tensor([found])
+
+
+def versions() -> dict[str, str]:
+    """Of what a case was computed with."""
+    others = {name: version(name) for name in ("torch", "transformers", "transformer-lens")}
+    return {"tl_stream": tl_stream.__version__, **others}
+
+
+def once(path: Path, about: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The finished case that says all of `about`; computed and added where there is none."""
+    for row in rows(path):
+        if about.items() <= row.items():
+            return row
+    row = {**about, **compute()}
+    append(path, row)
+    return row
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

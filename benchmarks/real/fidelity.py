@@ -26,20 +26,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from english.corpus import held_out_text
 from jaxtyping import Float, Int
-from paper_studies.loading import check_context, tokens_of
+from paper_studies.loading import check_context
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-import tl_stream
-from real.common import append, load, peak, reset_peak, rows
+from real import common
+from real.common import append, load, peak, reset_peak, rows, versions
 from tl_stream import BlockLayout, StreamConfig, estimate_layout
 from tl_stream.audit import records
 from tl_stream.audit.rows import SoftmaxRows
@@ -127,7 +125,7 @@ def prose(model: Any, tokens: int) -> Int[Tensor, "1 pos"]:
     check_context(model, "--tokens", tokens)
     if tokens % BLOCK:
         raise ValueError(f"--tokens was {tokens}; expected a multiple of {BLOCK}, the block.")
-    return tokens_of(model, held_out_text()[: 8 * tokens])[:, :tokens]
+    return common.prose(model.tokenizer, tokens)
 
 
 def masses(pattern: Any) -> Float[Tensor, "head_index q_block kv_block"]:
@@ -219,11 +217,6 @@ def listed(by_layer: dict[int, Tensor]) -> list[float]:
 
 def rounded(x: float | None) -> int | None:
     return None if x is None else round(x)
-
-
-def versions() -> dict[str, str]:
-    others = {name: version(name) for name in ("torch", "transformers", "transformer-lens")}
-    return {"tl_stream": tl_stream.__version__, **others}
 
 
 def table(cases: list[dict[str, Any]]) -> Any:

@@ -17,7 +17,7 @@ import argparse
 import random
 import sys
 import time
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from real.common import append, load, rows
+from real.common import load, once, rows, versions
 from tl_stream import StreamConfig
 from tl_stream.analysis import find_flips
 from tl_stream.analysis.flip_result import Flip
@@ -62,21 +62,15 @@ def main() -> int:
     options = parser.parse_args()
     model, name = load(options.folder), Path(options.folder).name
     independent = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, attn_implementation="eager").eval()
-    done = {case_of(row) for row in rows(options.rows)}
     cases = [(number, estimator) for number in range(options.questions) for estimator in ESTIMATORS]
     for number, estimator in tqdm(cases, file=sys.stderr):
         k = options.k * (2 if estimator == "stream" else 1)
         about = {"model": name, "passage": options.tokens, "number": number, "estimator": estimator, "k": k}
         about["trials"] = options.trials
-        if case_of(about) not in done:
-            config = StreamConfig(block_q=BLOCK, block_k=BLOCK, k=k, estimator=estimator)
-            append(options.rows, {**about, **case(model, independent, options.tokens, number, config, options.trials)})
+        config = StreamConfig(block_q=BLOCK, block_k=BLOCK, k=k, estimator=estimator)
+        once(options.rows, about, partial(case, model, independent, options.tokens, number, config, options.trials))
     Console(width=160).print(table(rows(options.rows)))
     return 0
-
-
-def case_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("model", "passage", "number", "estimator", "k", "trials"))
 
 
 @torch.no_grad()
@@ -102,7 +96,7 @@ def case(model: Any, independent: Any, length: int, number: int, config: StreamC
         "chances": {name: [round(run.chance, 4), round(run.chance_rechecked, 4)] for name, run in flip.runs.items()},
         "pruned": flip.sparse.pruned,
         "seconds": time.perf_counter() - start,
-        "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens", "tl-stream")},
+        "versions": versions(),
     }
 
 

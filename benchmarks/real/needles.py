@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,7 +34,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import tl_stream
-from real.common import append, load, rows
+from real.common import load, once, rows, versions
 from tl_stream import StreamConfig
 from tl_stream.analysis.needle_run import NeedleRun, answer_tokens, run_task
 from tl_stream.analysis.needle_store import as_json
@@ -91,38 +90,29 @@ def main() -> int:
 
 def study(pair: Pair, path: Path, own: Candidate, numbers: range, *, paper: bool = True, look: bool = False) -> None:
     """Add the cases that aren't there yet."""
-    done = {case_of(row): row for row in rows(path)}
 
-    def once(about: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        about = {"model": pair.name, **about}
-        if (case := case_of(about)) not in done:
-            start = time.perf_counter()
-            found = compute()
-            done[case] = {**about, **found, "seconds": round(time.perf_counter() - start, 1), **versions()}
-            append(path, done[case])
-        return done[case]
+    def done(about: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return once(path, {"model": pair.name, **about}, partial(timed, compute))
 
-    step = once({"what": "search", "run": own.name}, partial(searched, pair, own))["budget"]
+    step = done({"what": "search", "run": own.name}, partial(searched, pair, own))["budget"]
     for number in tqdm(numbers, file=sys.stderr):
         task, about = text_of(pair, number)
         dense = cache(partial(dense_answer, pair, task))
-        if not once({"what": "dense", **about}, partial(dense_row, task, dense))["right"]:
+        if not done({"what": "dense", **about}, partial(dense_row, task, dense))["right"]:
             continue
         configs = {own.name: own.vary(step)}
         if paper and number % PAPER_EVERY == PAPER_FIRST:
             configs[PAPER.name] = PAPER.vary(mean_blocks(configs[own.name], task.length))
         for name, config in configs.items():
-            row = once({"what": name, **about}, partial(sparse_row, pair, task, config, dense))
+            row = done({"what": name, **about}, partial(sparse_row, pair, task, config, dense))
             if look and not row["right"] and name == own.name:
-                once({"what": "look", "run": name, **about}, partial(looked, pair, task, config))
+                done({"what": "look", "run": name, **about}, partial(looked, pair, task, config))
 
 
-def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["what"], row.get("run"), row.get("number")
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "transformer-lens")}
+def timed(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = compute()
+    return {**found, "seconds": round(time.perf_counter() - start, 1), **versions()}
 
 
 def made(pair: Pair, number: int, length: int, seed: int) -> NeedleTask:

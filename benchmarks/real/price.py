@@ -14,25 +14,26 @@ PYTHONPATH and name it by `--code`.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from real.common import append, load, peak, reset_peak, rows
+import tl_stream
+from real.common import load, once, peak, prose, reset_peak, rows, versions
 from tl_stream.audit import records
+from tl_stream.cache import is_pattern
 
-TEXT = Path(__file__).parents[1] / "english" / "held_out.txt.gz"
 CHECKED, TOLERANCE = 256, 1e-4
 TRACES: dict[str, tuple[dict[str, Any], bool]] = {  # by name: what the config changes, and whether all activations are cached
     "trace": ({}, False),
@@ -58,27 +59,17 @@ def main() -> int:
     if options.one:
         print(json.dumps(measured(options.folders[0], options.tokens[0], options.what[0])))
         return 0
-    done = {case_of(row) for row in rows(options.rows)}
     wanted = [(folder, n, what) for folder in options.folders for n in options.tokens for what in options.what]
-    checked: set[str] = set()
     for folder, n, what in tqdm(wanted, file=sys.stderr):
         about = {"model": Path(folder).name, "code": options.code, "tokens": n, "what": what}
-        if case_of(about) in done:
-            continue
-        if folder not in checked:
-            check(folder)
-            checked.add(folder)
-        append(options.rows, {**about, **alone(options.rows, folder, n, what)})
+        once(options.rows, about, partial(alone, options.rows, folder, n, what))
     Console(width=140).print(table(rows(options.rows)))
     return 0
 
 
-def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["code"], row["tokens"], row["what"]
-
-
 def alone(path: Path, folder: str, n: int, what: str) -> dict[str, Any]:
-    """One case, measured in a process of its own."""
+    """One case, measured in a process of its own, of a model that was checked."""
+    check(folder)
     command = [sys.executable, "-m", "real.price", str(path), folder, "--tokens", str(n), "--what", what, "--one"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
@@ -88,7 +79,7 @@ def measured(folder: str, n: int, what: str) -> dict[str, Any]:
     """One case: its peak memory, its CPU seconds and those of the eager forward."""
     torch.set_num_threads(1)
     eager, (run, config) = hf(folder, "eager"), runs(folder, what)
-    tokens = text(folder, n)
+    tokens = prose(AutoTokenizer.from_pretrained(folder), n)
     run(tokens[:, :64])
     before = reset_peak()
     held = run(tokens)
@@ -108,14 +99,12 @@ def measured(folder: str, n: int, what: str) -> dict[str, Any]:
         "peak bytes": most,
         "cache bytes": held_bytes,
         "threads": 1,
-        "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+        "versions": versions(),
     }
 
 
 def runs(folder: str, what: str) -> tuple[Callable[[torch.Tensor], Any], str | None]:
     """A case as a function of tokens, and its config."""
-    import tl_stream
-
     if what.startswith("HF "):
         return hf(folder, what.removeprefix("HF ")), None
     model = load(folder)
@@ -130,21 +119,8 @@ def runs(folder: str, what: str) -> tuple[Callable[[torch.Tensor], Any], str | N
 
 def hf(folder: str, attention: str) -> Callable[[torch.Tensor], Any]:
     """Hugging Face's own forward."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     return lambda tokens: model(tokens, logits_to_keep=1, use_cache=False) and None
-
-
-def text(folder: str, n: int) -> torch.Tensor:
-    """The first `n` tokens of the prose, `[1, n]`."""
-    from transformers import AutoTokenizer
-
-    characters = gzip.decompress(TEXT.read_bytes()).decode()[: 12 * n]
-    tokens = AutoTokenizer.from_pretrained(folder)(characters)["input_ids"][:n]
-    if len(tokens) < n:
-        raise ValueError(f"tokens was {n}; expected at most the {len(tokens)} of {TEXT.name}.")
-    return torch.tensor([tokens])
 
 
 def cpu_seconds(run: Callable[[torch.Tensor], Any], tokens: torch.Tensor) -> float:
@@ -153,13 +129,12 @@ def cpu_seconds(run: Callable[[torch.Tensor], Any], tokens: torch.Tensor) -> flo
     return time.process_time() - start
 
 
+@cache
 @torch.inference_mode()
 def check(folder: str) -> None:
     """Exit where the sparse run is not what it should be."""
-    import tl_stream
-    from tl_stream.cache import is_pattern
-
-    model, tokens = load(folder), text(folder, CHECKED)
+    model = load(folder)
+    tokens = prose(model.tokenizer, CHECKED)
     dense = model(tokens)
     whole, _ = model.run_with_sparse_cache(tokens, config=tl_stream.StreamConfig(k=2**20), names_filter=lambda name: False)
     config = tl_stream.StreamConfig(block_q=16, block_k=8, k=4)

@@ -17,6 +17,7 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tl_stream
-from real.common import append, load, rows
+from real.common import load, once, rows
 from tl_stream import StreamConfig
 from tl_stream.analysis import cut_edges, flow_names, needle_routes, random_edges
 from tl_stream.audit import records
@@ -51,17 +52,11 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first (%(default)s)")
     options = parser.parse_args()
     model = load(options.folder)
-    done = {case_of(row) for row in rows(options.rows)}
     for number in tqdm(range(options.first, options.first + options.cases), file=sys.stderr):
         about = {"model": Path(options.folder).name, "tokens": options.tokens, "number": number}
-        if case_of(about) not in done:
-            append(options.rows, {**about, **case(model, options.tokens, number)})
+        once(options.rows, about, partial(case, model, options.tokens, number))
     Console(width=120).print(table([row for row in rows(options.rows) if row["tokens"] == options.tokens]))
     return 0
-
-
-def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["tokens"], row["number"]
 
 
 @torch.inference_mode()

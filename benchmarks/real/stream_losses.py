@@ -21,6 +21,7 @@ import argparse
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from real.common import append, load, rows
-from real.fidelity import BLOCK, DENSE, Run, by_key, chosen, kind_of, prose, versions
+from real.common import load, once, rows, versions
+from real.fidelity import BLOCK, DENSE, Run, by_key, chosen, kind_of, prose
 from tl_stream import StreamConfig
 from tl_stream.audit import records
 from tl_stream.audit.rows import SoftmaxRows
@@ -52,9 +53,8 @@ def main() -> int:
     options = parser.parse_args()
     model, name = load(options.folder), Path(options.folder).name
     for tokens in options.tokens:
-        if (name, tokens, options.k) not in {(row["model"], row["tokens"], row["k"]) for row in rows(options.rows)}:
-            about = {"model": name, "tokens": tokens, "k": options.k, "block": BLOCK, "versions": versions()}
-            append(options.rows, {**about, **losses(model, tokens, options.k)})
+        about = {"model": name, "tokens": tokens, "k": options.k, "block": BLOCK}
+        once(options.rows, about, partial(losses, model, tokens, options.k))
     for shown in (table, layers_table, heads_table, keys_table):
         Console(width=140).print(shown(rows(options.rows)))
     return 0
@@ -72,7 +72,8 @@ def losses(model: Any, tokens: int, k: int) -> dict[str, Any]:
         heads += of_layer
         keys[of_layer[0]["kind"]] += lost
     columns = {name: [head[name] for head in heads] for name in heads[0]}
-    return {"heads": columns, "lost keys": {kind: named(lost, text[0], model.tokenizer) for kind, lost in keys.items()}}
+    lost_keys = {kind: named(lost, text[0], model.tokenizer) for kind, lost in keys.items()}
+    return {"heads": columns, "lost keys": lost_keys, "versions": versions()}
 
 
 def named(lost: Float[Tensor, " key_pos"], text: Int[Tensor, " pos"], tokenizer: Any) -> list[tuple[int, str, float]]:

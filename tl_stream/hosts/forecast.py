@@ -21,25 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_stream.tensors.wrapper import SparseTensor
+from tl_stream.tensors.storage import new_bytes, parts
 
 ADVICE = 'names_filter=lambda name: name.endswith(("hook_pattern", "hook_z"))'
 _said: WeakSet[Any] = WeakSet()  # models of which it was said
-
-
-def parts(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that hold the memory of an activation."""
-    return tensor.stored_tensors() if isinstance(tensor, SparseTensor) else [tensor]
-
-
-def new_bytes(tensor: Tensor, seen: set[int]) -> int:
-    """Bytes of a tensor's memory, if it isn't among those seen; it is from now on."""
-    with torch._C.DisableTorchFunctionSubclass():
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen:
-            return 0
-        seen.add(storage.data_ptr())
-        return storage.nbytes()
 
 
 def free_bytes(device: torch.device) -> int | None:

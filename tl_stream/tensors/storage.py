@@ -188,3 +188,18 @@ def _axis(axis: int | range) -> int | list[int]:
 
 def _from_axis(axis: int | list[int]) -> int | range:
     return axis if isinstance(axis, int) else range(*axis)
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that hold the memory of an activation."""
+    return tensor.stored_tensors() if isinstance(tensor, SparseTensor) else [tensor]
+
+
+def new_bytes(tensor: Tensor, seen: set[int]) -> int:
+    """Bytes of a tensor's memory, if it isn't among those seen; it is from now on."""
+    with torch._C.DisableTorchFunctionSubclass():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()
